@@ -1,0 +1,1 @@
+"""Structural pruning for Lightning: from dense to slim inside one fit."""

@@ -1,0 +1,1 @@
+"""The library's place in Lightning: when to penalise, when to cut."""

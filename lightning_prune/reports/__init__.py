@@ -1,0 +1,1 @@
+"""What pruning did, measured: looks at models, never changes them."""
