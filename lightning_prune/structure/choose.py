@@ -1,0 +1,209 @@
+"""Which channels go: scores, ratios, patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_prune import scores
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
+from lightning_prune.structure.plan import Member, PruningPlan, kept_channels, named_tensors
+
+Score: TypeAlias = "str | Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]"
+
+SCORES = ("bn_scale", "l1", "l2", "random")
+SCOPES = ("inner", "all")
+
+
+def choose(
+    graph: ChannelGraph,
+    ratio: float = 0.5,
+    *,
+    score: Score = "l1",
+    ratios: Mapping[str, float] | None = None,
+    ignore: Iterable[str] = (),
+    scope: str = "inner",
+    global_: bool = False,
+    renormalise: bool | None = None,
+    round_to: int = 1,
+    keep_at_least: int = 1,
+    seed: int = 0,
+) -> PruningPlan:
+    """The plan by which the least valuable channels go, read from the traced model's weights as they are now.
+
+    Of ``C`` channels ``ceil(ratio * C)`` go, at most ``C - keep_at_least``, fewer where ``round_to`` asks for it.
+
+    Args:
+        graph: from :func:`trace`.
+        ratio: share of each group's channels that goes, in ``(0, 1)``.
+        score: ``"l1"`` (mean absolute weight of the producing filters), ``"l2"`` (root mean square), ``"bn_scale"``
+            (absolute scale of the following norm), ``"random"``, or a function of (group, tensors by name) that
+            gives one value per channel, shape ``(C,)``; the smallest go.
+        ratios: layer name pattern -> ratio in ``[0, 1)``; 0 leaves the layer as it is. The first that matches counts.
+        ignore: patterns of layers that are left as they are.
+        scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
+        global_: one threshold over all groups instead of one ratio each; ``ratios`` then only says what stays.
+        renormalise: whether channels under LayerNorm or GroupNorm may go (default: with ``scope="all"`` only). The
+            slim network then normalises over the channels that stay.
+        round_to: widths afterwards are multiples of this.
+        keep_at_least: channels that stay in every group.
+        seed: of ``score="random"``.
+
+    Raises:
+        ConfigurationError: for values out of range, patterns that match nothing, scores that can't be taken.
+
+    >>> from torch import nn
+    >>> from lightning_prune.structure import trace
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> print(choose(trace(net, torch.zeros(1, 4)), ratio=0.25))
+    0  8 -> 6
+    """
+    return graph.plan(
+        pick(
+            graph,
+            ratio,
+            score=score,
+            ratios=ratios,
+            ignore=ignore,
+            scope=scope,
+            global_=global_,
+            renormalise=renormalise,
+            round_to=round_to,
+            keep_at_least=keep_at_least,
+            seed=seed,
+        )
+    )
+
+
+def pick(
+    graph: ChannelGraph,
+    ratio: float = 0.5,
+    *,
+    score: Score = "l1",
+    ratios: Mapping[str, float] | None = None,
+    ignore: Iterable[str] = (),
+    scope: str = "inner",
+    global_: bool = False,
+    renormalise: bool | None = None,
+    round_to: int = 1,
+    keep_at_least: int = 1,
+    seed: int = 0,
+) -> dict[str, tuple[int, ...]]:
+    """As :func:`choose`, but as numbers of channels by group name, ascending."""
+    for name, number in (("round_to", round_to), ("keep_at_least", keep_at_least)):
+        if type(number) is not int or number < 1:
+            raise ConfigurationError(f"{name} must be a whole number of at least 1, not {number!r}.")
+    share = select(graph, ratio, ratios=ratios, ignore=ignore, scope=scope, renormalise=renormalise)
+    groups = [group for group in graph.groups if share.get(group.name, 0.0) > 0]
+    tensors = named_tensors(graph.model)
+    generator = torch.Generator().manual_seed(seed)
+    values = {group.name: value_of(group, tensors, score, generator) for group in groups}
+    limit = {group.name: kept_channels(group.size, share[group.name]) for group in groups}
+    if global_:
+        limit = _one_threshold(values, ratio, keep_at_least)
+    picked = {}
+    for group in groups:
+        least = 1 - limit[group.name] / group.size
+        kept = kept_channels(group.size, least, unit=group.unit, round_to=round_to, keep_at_least=keep_at_least)
+        order = values[group.name].argsort(stable=True)
+        picked[group.name] = tuple(sorted(order[: group.size - kept].tolist()))
+    return {name: numbers for name, numbers in picked.items() if numbers}
+
+
+def select(
+    graph: ChannelGraph,
+    ratio: float = 0.5,
+    *,
+    ratios: Mapping[str, float] | None = None,
+    ignore: Iterable[str] = (),
+    scope: str = "inner",
+    renormalise: bool | None = None,
+) -> dict[str, float]:
+    """The groups that take part, each with the share that goes (0 for one that is named, but left as it is).
+
+    A pattern is matched against the names of a group and of its producers; it may be a name, a shell pattern
+    (``layer1.*``) or the name of a module that contains the layer.
+    """
+    if not 0 < ratio < 1:
+        raise ConfigurationError(f"ratio must lie in (0, 1), not {ratio!r}; use `ignore` to leave layers as they are.")
+    if scope not in SCOPES:
+        raise ConfigurationError(f"scope must be one of {', '.join(SCOPES)}, not {scope!r}.")
+    ratios, ignore = dict(ratios or {}), [ignore] if isinstance(ignore, str) else list(ignore)
+    for pattern, value in ratios.items():
+        if not 0 <= value < 1:
+            raise ConfigurationError(f"The ratio of {pattern!r} must lie in [0, 1), not {value!r}.")
+    _all_match(graph, [*ratios, *ignore])
+    allowed = scope == "all" if renormalise is None else renormalise
+    share: dict[str, float] = {}
+    for group in graph.groups:
+        if (scope == "inner" and len(group.producers) != 1) or (group.renormalised and not allowed):
+            continue
+        own = next((value for pattern, value in ratios.items() if matches(group, pattern)), ratio)
+        share[group.name] = 0.0 if any(matches(group, pattern) for pattern in ignore) else own
+    return share
+
+
+def matches(group: ChannelGroup, pattern: str) -> bool:
+    """Whether a pattern names the group, one of its producers, or a module around one."""
+    names = (group.name, *group.producers)
+    return any(fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names)
+
+
+def _all_match(graph: ChannelGraph, patterns: Iterable[str]) -> None:
+    layers = {layer for layer, _ in graph.model.named_modules()}
+    for pattern in patterns:
+        if not any(matches(group, pattern) for group in graph.groups) and not any(
+            fnmatchcase(layer, pattern) for layer in layers
+        ):
+            known = ", ".join(group.name for group in graph.groups[:8])
+            raise ConfigurationError(f"The pattern {pattern!r} matches no layer; layers that can shrink: {known or 'none'}.")
+
+
+def value_of(group: ChannelGroup, tensors: Mapping[str, Tensor], score: Score, generator: torch.Generator) -> Tensor:
+    """What each channel of a group is worth, shape ``(C,)``, on the CPU; the mean over what it is read from."""
+    if callable(score):
+        values = score(group, tensors)
+        if tuple(values.shape) != (group.size,):
+            shape = tuple(values.shape)
+            raise ConfigurationError(f"The score of group {group.name!r} must have shape ({group.size},), not {shape}.")
+    elif score == "random":
+        values = scores.random(group.size, generator)
+    elif score in ("l1", "l2"):
+        function = scores.l1 if score == "l1" else scores.l2
+        values = _mean_over(group, group.outputs or group.inputs, tensors, function)
+    elif score == "bn_scale":
+        if not group.scales:
+            raise ConfigurationError(f"Group {group.name!r} has no norm whose scale could be its score; use score='l1'.")
+        values = _mean_over(group, group.scales, tensors, scores.bn_scale)
+    else:
+        raise ConfigurationError(f"score must be one of {', '.join(SCORES)} or a function, not {score!r}.")
+    values = values.detach().float().cpu()
+    if not values.isfinite().all():
+        raise ConfigurationError(f"The scores of group {group.name!r} are not all finite; its weights hold NaN or inf.")
+    return values
+
+
+def _mean_over(
+    group: ChannelGroup, members: Iterable[Member], tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]
+) -> Tensor:
+    found = []
+    for name, dim in members:
+        rows = function(tensors[name].detach().float().movedim(dim, 0))
+        found.append(rows[group.index[name, dim].to(rows.device)].mean(dim=1))
+    return torch.stack(found).mean(dim=0)
+
+
+def _one_threshold(values: Mapping[str, Tensor], ratio: float, keep_at_least: int) -> dict[str, int]:
+    """How many channels of each group stay when the lowest of all go together."""
+    everything = torch.cat(list(values.values())) if values else torch.empty(0)
+    stay = kept_channels(len(everything), ratio) if len(everything) else 0
+    order = everything.argsort(stable=True)
+    goes = torch.zeros(len(everything), dtype=torch.bool)
+    goes[order[: len(everything) - stay]] = True
+    parts = goes.split([len(part) for part in values.values()])
+    return {name: max(len(part) - int(part.sum()), keep_at_least) for name, part in zip(values, parts, strict=True)}

@@ -1,0 +1,128 @@
+"""Labels: one integer per (parameter or buffer, dim, index), and which of them live and die together.
+
+Letters: ``n`` labels of one tensor dim, ``A`` atoms in the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+#: Belongs to nobody and never leaves: what stands on a padded or otherwise fixed position.
+FIXED = 0
+
+
+class Axis(NamedTuple):
+    """What is known of one tensor dim whose positions may leave.
+
+    ``labels`` has one label per position. ``vanishes`` says that a position whose label is removed holds exact zeros
+    in the masked network, so that a sum over the dim doesn't notice its absence.
+    A dim of fixed positions (batch, space, the network's input) has no ``Axis``; it is ``None``.
+    """
+
+    labels: Ints
+    vanishes: bool
+
+
+Axes = tuple["Axis | None", ...]
+
+
+class Solution(NamedTuple):
+    """Connected labels: ``root[label]`` is the smallest label of its class; ``reasons[root]`` says why it is pinned."""
+
+    root: Ints
+    reasons: dict[int, str]
+
+
+class Labels:
+    """Hands out labels and remembers which are united, which are pinned and why."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.dims: list[tuple[str, int]] = []
+        starts = []
+        count = 1
+        for name, tensor in tensors.items():
+            for dim, size in enumerate(tensor.shape):
+                self.dims.append((name, dim))
+                starts.append(count)
+                count += size
+        self.starts: Ints = np.array([*starts, count], dtype=np.int64)
+        self._first = {member: int(start) for member, start in zip(self.dims, starts, strict=True)}
+        self._count = count
+        self._united: list[tuple[Ints, Ints]] = []
+        self._pinned: list[tuple[Ints, str]] = []
+        self._renormalised: list[Ints] = []
+
+    @property
+    def atoms(self) -> int:
+        """Labels that stand for a model's own element (and ``FIXED``); later ones are helpers."""
+        return int(self.starts[-1])
+
+    def of(self, name: str, shape: Iterable[int]) -> Axes:
+        """The atoms of one parameter or buffer, a dim at a time."""
+        axes = []
+        for dim, size in enumerate(shape):
+            start = self._first[name, dim]
+            axes.append(Axis(np.arange(start, start + size, dtype=np.int64), vanishes=True))
+        return tuple(axes)
+
+    def first(self, name: str, dim: int) -> int:
+        """The label of the first position along a dim of a parameter or buffer."""
+        return self._first[name, dim]
+
+    def fresh(self, size: int) -> Ints:
+        """Labels of a dim that any size would suit, such as that of ``zeros(...)``: they bind nothing by themselves."""
+        start, self._count = self._count, self._count + size
+        return np.arange(start, self._count, dtype=np.int64)
+
+    def member_ids(self, labels: Ints) -> Ints:
+        """Positions in ``dims`` of the parameter dims that these labels belong to."""
+        atoms = labels[(labels > FIXED) & (labels < self.atoms)]
+        if atoms.size == 0:
+            return atoms
+        first, last = np.searchsorted(self.starts, [atoms[0], atoms[-1]], side="right") - 1
+        if first == last and atoms[-1] - atoms[0] == atoms.size - 1:
+            return np.array([first])
+        return np.unique(np.searchsorted(self.starts, atoms, side="right") - 1)
+
+    def unite(self, a: Ints, b: Ints) -> None:
+        """Positions of ``a`` and ``b`` (broadcast against each other) live and die together, pair by pair."""
+        if a is not b:
+            left, right = np.broadcast_arrays(a, b)
+            self._united.append((left.ravel(), right.ravel()))
+
+    def pin(self, labels: Ints, reason: str) -> None:
+        """Forbid these labels to leave."""
+        self._pinned.append((labels, reason))
+
+    def renormalise(self, labels: Ints) -> None:
+        """Note that a norm takes its statistics over these positions."""
+        self._renormalised.append(labels)
+
+    def solve(self) -> Solution:
+        """Unite everything at once (hook every root to a smaller one, then compress paths, until nothing moves)."""
+        root = np.arange(self._count, dtype=np.int64)
+        left = np.concatenate([pair[0] for pair in self._united] or [root[:0]])
+        right = np.concatenate([pair[1] for pair in self._united] or [root[:0]])
+        while left.size:
+            left, right = root[left], root[right]
+            apart = left != right
+            left, right = np.minimum(left, right)[apart], np.maximum(left, right)[apart]
+            root[right] = left
+            while not np.array_equal(root, above := root[root]):
+                root = above
+        reasons: dict[int, str] = {int(root[FIXED]): "It is tied to a position that is fixed, such as padding."}
+        for labels, reason in self._pinned:
+            for label in np.unique(root[labels]).tolist():
+                reasons.setdefault(label, reason)
+        return Solution(root, reasons)
+
+    def renormalised_roots(self, root: Ints) -> set[int]:
+        """Classes over which a norm takes its statistics."""
+        return set(np.unique(root[np.concatenate(self._renormalised)]).tolist()) if self._renormalised else set()

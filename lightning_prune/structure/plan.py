@@ -1,0 +1,180 @@
+"""What goes, as data: a plan can be printed, compared, written to JSON and applied to a fresh dense model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_prune.errors import PlanError
+
+VERSION = 1
+
+Member = tuple[str, int]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each once; of tied ones the first name counts."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def signature(model: nn.Module) -> str:
+    """Short hash of the names and shapes of a model's parameters and buffers.
+
+    >>> signature(nn.Linear(2, 3)) == signature(nn.Linear(2, 3)), signature(nn.Linear(2, 3)) == signature(nn.Linear(3, 2))
+    (True, False)
+    """
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in named_tensors(model).items())
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to.
+
+    >>> layer_of("block.conv.weight"), layer_of("fc.parametrizations.weight.original0"), layer_of("scale")
+    ('block.conv', 'fc', 'scale')
+    """
+    return name.split(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0] or name
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which positions stay along which dims of which parameters and buffers.
+
+    Args:
+        kept: ``(parameter or buffer name, dim)`` -> the positions that stay, ascending.
+        sizes: the same keys -> length of that dim in the dense model.
+        signature: of the dense model that this plan fits, see :func:`signature`.
+        outputs: those keys that are a layer's output channels, for printing.
+        numbers: module attributes that no tensor of the module tells -> their new value.
+        renormalised: norms (by the name of their scale) that take their statistics over fewer channels afterwards.
+
+    Raises:
+        PlanError: for positions that are out of range, repeated, not ascending or none at all.
+
+    >>> sizes = {("0.weight", 0): 3, ("1.weight", 1): 3}
+    >>> plan = PruningPlan(dict.fromkeys(sizes, (0, 2)), sizes, "", outputs=(("0.weight", 0),))
+    >>> print(plan)
+    0  3 -> 2
+    >>> PruningPlan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    kept: Mapping[Member, tuple[int, ...]]
+    sizes: Mapping[Member, int]
+    signature: str
+    outputs: tuple[Member, ...] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    renormalised: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in (("kept", self.kept), ("sizes", self.sizes), ("numbers", self.numbers)):
+            object.__setattr__(self, name, dict(sorted(value.items())))
+        for name in ("outputs", "renormalised"):
+            object.__setattr__(self, name, tuple(sorted(tuple(v) if isinstance(v, list) else v for v in getattr(self, name))))
+        if not set(self.outputs) <= self.kept.keys():
+            raise PlanError("A plan can print the widths of no other dims than those that it cuts.")
+        if self.kept.keys() != self.sizes.keys():
+            raise PlanError("A plan needs the dense size of exactly the dims that it cuts.")
+        for member, positions in self.kept.items():
+            _check(member, positions, self.sizes[member])
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Layer -> number of output channels before and after."""
+        return {layer_of(name): (self.sizes[name, dim], len(self.kept[name, dim])) for name, dim in self.outputs}
+
+    def diff(self, other: PruningPlan) -> str:
+        """The layers whose widths or channels differ, one a line; empty where the plans agree.
+
+        >>> a = PruningPlan({("0.weight", 0): (0, 2)}, {("0.weight", 0): 3}, "")
+        >>> b = PruningPlan({("0.weight", 0): (0, 1)}, {("0.weight", 0): 3}, "")
+        >>> print(a.diff(b))
+        0.weight dim 0: 2 -> 2 of 3, 1 channels differ
+        """
+        lines = []
+        for member in sorted(self.kept.keys() | other.kept.keys()):
+            size = self.sizes.get(member, other.sizes.get(member, 0))
+            mine, theirs = (set(plan.kept.get(member, range(size))) for plan in (self, other))
+            if mine != theirs:
+                apart = len(mine - theirs) or len(theirs - mine)
+                lines.append(f"{member[0]} dim {member[1]}: {len(mine)} -> {len(theirs)} of {size}, {apart} channels differ")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Sorted, versioned JSON."""
+        tensors: dict[str, dict[str, Any]] = {}
+        for (name, dim), positions in self.kept.items():
+            tensors.setdefault(name, {})[str(dim)] = {"size": self.sizes[name, dim], "kept": list(positions)}
+        whole = {
+            "version": VERSION,
+            "signature": self.signature,
+            "tensors": tensors,
+            "outputs": [list(member) for member in self.outputs],
+            "numbers": dict(self.numbers),
+            "renormalised": list(self.renormalised),
+        }
+        return json.dumps(whole, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: where the text is no plan, or one of another version.
+        """
+        try:
+            whole = json.loads(text)
+            if whole["version"] != VERSION:
+                raise PlanError(f"This plan has version {whole['version']!r}; this library reads version {VERSION}.")
+            entries = [(name, int(dim), cut) for name, cuts in whole["tensors"].items() for dim, cut in cuts.items()]
+            kept = {(name, dim): tuple(cut["kept"]) for name, dim, cut in entries}
+            sizes = {(name, dim): cut["size"] for name, dim, cut in entries}
+            outputs = tuple((name, dim) for name, dim in whole["outputs"])
+            return cls(kept, sizes, whole["signature"], outputs, whole["numbers"], tuple(whole["renormalised"]))
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise PlanError(f"This is not a pruning plan: {type(error).__name__} {error}.") from error
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def __str__(self) -> str:
+        rows = self.widths()
+        wide = max(map(len, rows), default=0)
+        return "\n".join(f"{layer:<{wide}}  {before} -> {after}" for layer, (before, after) in rows.items())
+
+
+def _check(member: Member, positions: Sequence[int], size: int) -> None:
+    where = f"dim {member[1]} of {member[0]!r}"
+    if not all(type(i) is int for i in (*positions, size)):
+        raise PlanError(f"The positions kept along {where} must be whole numbers.")
+    if not positions:
+        raise PlanError(f"The plan removes all {size} positions along {where}; at least one must stay.")
+    if any(a >= b for a, b in zip(positions, positions[1:], strict=False)):
+        raise PlanError(f"The positions kept along {where} must be ascending, each once.")
+    if positions[0] < 0 or positions[-1] >= size:
+        raise PlanError(f"The positions kept along {where} must lie in 0..{size - 1}, not {positions[0]}..{positions[-1]}.")
+
+
+def kept_channels(size: int, ratio: float, *, unit: int = 1, round_to: int = 1, keep_at_least: int = 1) -> int:
+    """How many of ``size`` channels stay: ``size - ceil(ratio * size)``, rounded up to whole blocks of ``round_to``.
+
+    Args:
+        size: channels of the group.
+        ratio: share that goes, in ``[0, 1)``.
+        unit: how many positions of the layer one channel of the group stands for (more than one for grouped layers).
+        round_to: the layer's width afterwards is a multiple of this, or as wide as before.
+        keep_at_least: lower bound.
+
+    >>> kept_channels(64, 0.5), kept_channels(10, 0.07), kept_channels(16, 0.95), kept_channels(64, 0.7, round_to=8)
+    (32, 9, 1, 24)
+    """
+    removed = math.ceil(ratio * size - 1e-9)
+    kept = max(size - removed, min(keep_at_least, size))
+    while kept < size and (kept * unit) % round_to:
+        kept += 1
+    return kept

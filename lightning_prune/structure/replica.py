@@ -1,0 +1,79 @@
+"""Copies of a model to try things on, and a quiet room to run them in."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+
+def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
+    if device is not None and device.type == "meta":
+        return torch.empty_like(tensor, device=device, requires_grad=False)
+    moved = tensor.detach().to(device) if device is not None else tensor.detach()
+    return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
+
+
+class _CopyTensors(TorchFunctionMode):
+    """Lets ``deepcopy`` pass over tensors that hang on a module as plain attributes, non-leaf ones included."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), _moved(tensor, self.device))
+        return func(*args, **(kwargs or {}))
+
+
+def replica(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """A deep copy whose tensors lie on ``device`` (on ``"meta"`` they take no memory); ties and flags are kept."""
+    target = torch.device(device) if device is not None else None
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(_moved(parameter, target), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = _moved(buffer, target)
+    with torch.no_grad(), _CopyTensors(target):
+        return copy.deepcopy(model, memo)
+
+
+def arguments(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How ``inputs`` are handed to a model: a tuple is its positional arguments, anything else the only one."""
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), dict(kwargs or {})
+
+
+def to_device(tree: Any, device: torch.device | str) -> Any:
+    """Every tensor of a nested structure on ``device``, detached."""
+
+    def move(leaf: Any) -> Any:
+        return _moved(leaf, torch.device(device)) if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(move, tree)
+
+
+@contextmanager
+def quiet_room() -> Iterator[None]:
+    """Run something without gradients, warnings, fused fast paths or a trace in any random generator."""
+    states = random.getstate(), np.random.get_state(), torch.backends.mha.get_fastpath_enabled()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda), torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.backends.mha.set_fastpath_enabled(states[2])

@@ -1,0 +1,411 @@
+"""Operators that move positions: reshape, permute, cat, split, slice, pad, and the like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_prune.structure.labels import Axes, Axis, Ints
+from lightning_prune.structure.rules.registry import couple, fixed, positive, rule, spread, together
+
+if TYPE_CHECKING:
+    from lightning_prune.structure.watch import Call
+
+FIXED_PARTNER = "stand beside positions that are fixed"
+
+
+@rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_as", "reshape_as")
+def reshape(call: Call) -> list[Axes]:
+    """Positions keep their order; only where the dims are cut changes."""
+    source, (out,) = call.inputs[0], call.outputs
+    axes = call.axes(source)
+    if all(axis is None for axis in axes):
+        return [(None,) * out.dim()]
+    if source.numel() == 0:
+        call.pin(axes, "are part of an empty tensor")
+        return [(None,) * out.dim()]
+    result: list[Axis | None] = []
+    for before, after in _blocks(source.shape, out.shape):
+        result += _regroup(call, [axes[i] for i in before], [source.shape[i] for i in before], [out.shape[i] for i in after])
+    return [tuple(result)]
+
+
+def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The smallest stretches of dims on both sides that hold equally many positions."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = [], []
+        if i < len(before):
+            left.append(i)
+            i += 1
+        if j < len(after):
+            right.append(j)
+            j += 1
+        while (a := math.prod(before[k] for k in left)) != (b := math.prod(after[k] for k in right)):
+            if a < b:
+                left.append(i)
+                i += 1
+            else:
+                right.append(j)
+                j += 1
+        while i < len(before) and before[i] == 1 and j >= len(after):
+            left.append(i)
+            i += 1
+        while j < len(after) and after[j] == 1 and i >= len(before):
+            right.append(j)
+            j += 1
+        yield left, right
+
+
+def _regroup(call: Call, axes: list[Axis | None], sizes: list[int], out: list[int]) -> list[Axis | None]:
+    """Merge the dims of one block into one and cut that again."""
+    if len(axes) == len(out) == 1:
+        return axes
+    wide = [k for k, axis in enumerate(axes) if axis is not None and sizes[k] > 1]
+    for k, axis in enumerate(axes):
+        if axis is not None and sizes[k] == 1:
+            call.pin(axis, "are the only one of their kind")
+    if not wide:
+        return [None] * len(out)
+    keep = max(wide, key=lambda k: sizes[k])
+    for k in wide:
+        if k != keep:
+            call.pin(axes[k], "are merged with another dim that may shrink")
+    labels, vanishes = spread(axes[keep], sizes[keep]), bool(axes[keep] and axes[keep].vanishes)
+    shape = [1] * len(sizes)
+    shape[keep] = sizes[keep]
+    flat = np.broadcast_to(labels.reshape(shape), sizes).reshape(-1)
+    return _cut(call, flat, vanishes, out)
+
+
+def _cut(call: Call, flat: Ints, vanishes: bool, out: list[int]) -> list[Axis | None]:
+    """Along which of the new dims do labels change? The widest of these may shrink; along the others they are united."""
+    table = flat.reshape(out)
+    varying = [k for k, size in enumerate(out) if size > 1 and np.any(table != table.take([0], k))]
+    if not varying:
+        call.labels.pin(flat[:1], "Its channels are the only one of their kind.")
+        return [None] * len(out)
+    elastic = max(varying, key=lambda k: out[k])
+    rows = np.moveaxis(table, elastic, 0).reshape(out[elastic], -1)
+    if len(varying) > 1:
+        call.labels.unite(rows[:, :1], rows)
+    return [Axis(rows[:, 0], vanishes) if k == elastic else None for k in range(len(out))]
+
+
+@rule("permute")
+def permute(call: Call) -> list[Axes]:
+    """Dims in another order."""
+    axes = call.axes(call.inputs[0])
+    return [tuple(axes[dim] for dim in call.arg(1, "dims"))]
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def transpose(call: Call) -> list[Axes]:
+    """Two dims change places."""
+    axes = list(call.axes(call.inputs[0]))
+    if axes:
+        a, b = call.arg(1, "dim0"), call.arg(2, "dim1")
+        axes[a], axes[b] = axes[b], axes[a]
+    return [tuple(axes)]
+
+
+@rule("t")
+def matrix_transpose(call: Call) -> list[Axes]:
+    """Rows become columns."""
+    return [tuple(reversed(call.axes(call.inputs[0])))]
+
+
+@rule("unsqueeze")
+def unsqueeze(call: Call) -> list[Axes]:
+    """A new dim of size one."""
+    axes = list(call.axes(call.inputs[0]))
+    axes.insert(positive(call.arg(1, "dim"), len(axes) + 1), None)
+    return [tuple(axes)]
+
+
+@rule("squeeze")
+def squeeze(call: Call) -> list[Axes]:
+    """Dims of size one are dropped."""
+    source = call.inputs[0]
+    dims = call.arg(1, "dim", list(range(source.dim())))
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = {positive(dim, source.dim()) for dim in dims if source.dim() and source.shape[dim] == 1}
+    axes = call.axes(source)
+    for dim in gone:
+        call.pin(axes[dim], "are the only one of their kind")
+    return [tuple(axis for dim, axis in enumerate(axes) if dim not in gone)]
+
+
+@rule("expand", "broadcast_to", "expand_as")
+def expand(call: Call) -> list[Axes]:
+    """Dims of size one are stretched; a stretched dim suits any size."""
+    source, (out,) = call.inputs[0], call.outputs
+    axes, new = call.axes(source), out.dim() - source.dim()
+    result: list[Axis | None] = [Axis(call.labels.fresh(size), False) for size in out.shape[:new]]
+    for axis, before, after in zip(axes, source.shape, out.shape[new:], strict=True):
+        if before == after:
+            result.append(axis)
+        else:
+            call.pin(axis, "are stretched over another dim")
+            result.append(Axis(call.labels.fresh(after), False))
+    return [tuple(result)]
+
+
+@rule("repeat")
+def repeat(call: Call) -> list[Axes]:
+    """Whole copies one after another."""
+    source, times = call.inputs[0], list(call.arg(1, "repeats"))
+    axes: Axes = (None,) * (len(times) - source.dim()) + call.axes(source)
+    return [tuple(axis and Axis(np.tile(axis.labels, n), axis.vanishes) for axis, n in zip(axes, times, strict=True))]
+
+
+@rule("cat", "concat", "concatenate")
+def concatenate(call: Call) -> list[Axes]:
+    """One after another along a dim; the other dims are shared."""
+    (out,) = call.outputs
+    parts = [tensor for tensor in call.inputs if tensor.dim() == out.dim()]
+    dim = positive(call.arg(1, "dim", 0), out.dim())
+    known = [call.axes(tensor) for tensor in parts]
+    result: list[Axis | None] = []
+    for k in range(out.dim()):
+        along = [axes[k] for axes in known]
+        if k != dim:
+            result.append(together(call, along, _all_vanish(along), FIXED_PARTNER))
+        elif all(axis is None for axis in along):
+            result.append(None)
+        else:
+            pieces = [spread(axis, part.shape[k]) for axis, part in zip(along, parts, strict=True)]
+            result.append(Axis(np.concatenate(pieces), all(axis is None or axis.vanishes for axis in along)))
+    return [tuple(result)]
+
+
+def _all_vanish(along: Sequence[Axis | None]) -> bool:
+    return all(axis is not None and axis.vanishes for axis in along)
+
+
+@rule("stack")
+def stack(call: Call) -> list[Axes]:
+    """A new dim; the old ones are shared."""
+    dim = positive(call.arg(1, "dim", 0), call.outputs[0].dim())
+    known = [call.axes(tensor) for tensor in call.inputs]
+    shared = [together(call, list(along), _all_vanish(along), FIXED_PARTNER) for along in zip(*known, strict=True)]
+    return [(*shared[:dim], None, *shared[dim:])]
+
+
+@rule("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
+def split(call: Call) -> list[Axes]:
+    """Pieces of one dim. Equal pieces are coupled index to index, since Python may count them anew."""
+    source = call.inputs[0]
+    axes = call.axes(source)
+    dim = positive(call.arg(2, "dim", 0), source.dim())
+    axis = axes[dim]
+    if axis is None:
+        return [axes] * len(call.outputs)
+    sizes = [out.shape[dim] for out in call.outputs]
+    if len(set(sizes)) == 1:
+        couple(call, axis.labels, len(sizes))
+    ends = np.cumsum(sizes)
+    return [
+        (*axes[:dim], Axis(axis.labels[end - size : end], axis.vanishes), *axes[dim + 1 :])
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+@rule("slice")
+def cut_out(call: Call) -> list[Axes]:
+    """A stretch of one dim. One of several equal stretches is coupled with the others; else its ends must stay put."""
+    source = call.inputs[0]
+    axes = call.axes(source)
+    dim = positive(call.arg(1, "dim", 0), source.dim())
+    axis = axes[dim]
+    if axis is None:
+        return [axes]
+    size, step = axis.labels.size, call.arg(4, "step", 1)
+    start, stop = call.arg(2, "start"), call.arg(3, "end")
+    first, last, _ = slice(start, stop).indices(size)
+    length = last - first
+    if 1 < length < size and size % length == 0 and first % length == 0:
+        couple(call, axis.labels, size // length)
+    else:
+        _hold_ends(call, axis.labels, start, stop)
+    piece = axis.labels[first:last]
+    if step > 1:
+        piece = _every(call, piece, axis, step)
+    return [(*axes[:dim], Axis(piece, axis.vanishes), *axes[dim + 1 :])]
+
+
+def _hold_ends(call: Call, labels: Ints, start: int | None, stop: int | None) -> None:
+    """Ends counted from the front need everything before them in place, ends counted from the back everything behind."""
+    why = f"Its channels are counted off by a slice {call.where}."
+    for end in (start, stop):
+        if end is not None and 0 < end < labels.size:
+            call.labels.pin(labels[:end], why)
+        elif end is not None and end < 0:
+            call.labels.pin(labels[end:], why)
+
+
+def _every(call: Call, piece: Ints, axis: Axis, step: int) -> Ints:
+    if piece.size % step == 0:
+        table = piece.reshape(-1, step)
+        call.labels.unite(table[:, :1], table)
+    else:
+        call.pin(axis, "are taken at regular distances")
+    return piece[::step]
+
+
+@rule("select")
+def select(call: Call) -> list[Axes]:
+    """One position of a dim: the first or the last may be told from either end, others only if nothing leaves."""
+    source = call.inputs[0]
+    axes = call.axes(source)
+    dim, index = positive(call.arg(1, "dim"), source.dim()), call.arg(2, "index")
+    axis = axes[dim]
+    if axis is not None:
+        alone = index in (0, -1)
+        held = Axis(axis.labels[[index]], axis.vanishes) if alone else axis
+        call.pin(held, "are picked by number")
+    return [(*axes[:dim], *axes[dim + 1 :])]
+
+
+@rule("unbind")
+def unbind(call: Call) -> list[Axes]:
+    """Every position of a dim by itself."""
+    source = call.inputs[0]
+    axes = call.axes(source)
+    dim = positive(call.arg(1, "dim", 0), source.dim())
+    call.pin(axes[dim], "are picked by number")
+    return [(*axes[:dim], *axes[dim + 1 :])] * len(call.outputs)
+
+
+@rule("index")
+def index(call: Call) -> list[Axes]:
+    """Advanced indexing: dims that are looked up stay, the others pass."""
+    source, where = call.args[0], list(call.arg(1, "indices"))
+    axes, (out,) = call.axes(source), call.outputs
+    looked_up = [k for k, item in enumerate(where) if item is not None]
+    for item in (item for item in where if item is not None):
+        call.pin(call.axes(item), "are numbers of positions")
+    if any(item is not None and str(item.dtype) in ("torch.bool", "torch.uint8") for item in where):
+        call.pin(axes, "are looked up by a mask")
+        return [(None,) * out.dim()]
+    for k in looked_up:
+        call.pin(axes[k], "are looked up by number")
+    rest = [axes[k] for k in range(len(axes)) if k not in looked_up]
+    new: list[Axis | None] = [None] * (out.dim() - len(rest))
+    together_ = looked_up == list(range(looked_up[0], looked_up[0] + len(looked_up))) if looked_up else True
+    at = looked_up[0] if looked_up and together_ else 0
+    return [(*rest[:at], *new, *rest[at:])]
+
+
+@rule("index_select")
+def index_select(call: Call) -> list[Axes]:
+    """Positions of one dim by number."""
+    source, dim = call.inputs[0], call.arg(1, "dim")
+    axes = list(call.axes(source))
+    call.pin(axes[dim], "are looked up by number")
+    call.pin(call.axes(call.inputs[1]), "are numbers of positions")
+    axes[dim] = None
+    return [tuple(axes)]
+
+
+@rule("embedding")
+def embedding(call: Call) -> list[Axes]:
+    """Rows of a table by number; its columns are channels."""
+    table, numbers = call.arg(0, "weight"), call.arg(1, "indices")
+    rows, columns = call.axes(table)
+    call.pin(rows, "are looked up by number")
+    call.pin(call.axes(numbers), "are numbers of positions")
+    if columns is not None:
+        call.role(columns.labels, "outputs")
+    return [(*(None,) * numbers.dim(), columns)]
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+def pad(call: Call) -> list[Axes]:
+    """New positions at the ends; constant ones are fixed and tie whatever they meet."""
+    source, widths = call.inputs[0], list(call.arg(1, "pad"))
+    axes = list(call.axes(source))
+    constant = call.name in ("constant_pad_nd", "pad") and call.arg(2, "mode", "constant") in ("constant", 0, 0.0, None)
+    for k in range(len(widths) // 2):
+        before, after, axis = widths[2 * k], widths[2 * k + 1], axes[-k - 1]
+        if axis is None or before == after == 0:
+            continue
+        if not constant or before < 0 or after < 0:
+            call.pin(axis, "are padded with each other")
+            axes[-k - 1] = None
+        else:
+            axes[-k - 1] = Axis(np.concatenate([fixed(before), axis.labels, fixed(after)]), axis.vanishes)
+    return [tuple(axes)]
+
+
+@rule("flip")
+def flip(call: Call) -> list[Axes]:
+    """The other way round."""
+    axes = list(call.axes(call.inputs[0]))
+    for dim in call.arg(1, "dims"):
+        axis = axes[dim]
+        axes[dim] = axis and Axis(axis.labels[::-1].copy(), axis.vanishes)
+    return [tuple(axes)]
+
+
+@rule("roll")
+def roll(call: Call) -> list[Axes]:
+    """A shift by a number of positions; no dims means all of them, flattened."""
+    axes = list(call.axes(call.inputs[0]))
+    for dim in call.arg(2, "dims", ()) or range(len(axes)):
+        call.pin(axes[dim], "are shifted by a fixed number")
+        axes[dim] = None
+    return [tuple(axes)]
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(call: Call) -> list[Axes]:
+    """``(C r r, H, W)`` to ``(C, H r, W r)``: the r*r channels of one pixel go together."""
+    axes = call.axes(call.inputs[0])
+    factor = call.arg(1, "upscale_factor")
+    channels = axes[-3]
+    for axis in axes[-2:]:
+        call.pin(axis, "are woven into each other")
+    if channels is not None:
+        table = channels.labels.reshape(-1, factor * factor)
+        call.labels.unite(table[:, :1], table)
+        channels = Axis(table[:, 0], channels.vanishes)
+    return [(*axes[:-3], channels, None, None)]
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(call: Call) -> list[Axes]:
+    """``(C, H r, W r)`` to ``(C r r, H, W)``."""
+    axes = call.axes(call.inputs[0])
+    factor = call.arg(1, "downscale_factor")
+    for axis in axes[-2:]:
+        call.pin(axis, "are woven into each other")
+    channels = axes[-3] and Axis(axes[-3].labels.repeat(factor * factor), axes[-3].vanishes)
+    return [(*axes[:-3], channels, None, None)]
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(call: Call) -> list[Axes]:
+    """Equal stretches are dealt out in turn."""
+    axes, groups = list(call.axes(call.inputs[0])), call.arg(1, "groups")
+    channels = axes[1]
+    if channels is not None:
+        couple(call, channels.labels, groups)
+        axes[1] = Axis(channels.labels.reshape(groups, -1).T.reshape(-1), channels.vanishes)
+    return [tuple(axes)]
+
+
+@rule("_weight_norm")
+def weight_norm(call: Call) -> list[Axes]:
+    """``g v / |v|``: a sum of squares does not notice zeros that leave."""
+    direction, size = call.inputs[:2]
+    axes, dim = list(call.axes(direction)), call.arg(2, "dim", 0)
+    if dim >= 0:
+        axes[dim] = together(call, [axes[dim], call.axes(size)[dim]], True, FIXED_PARTNER)
+    for k, axis in enumerate(axes):
+        if axis is not None and not axis.vanishes and k != dim:
+            call.pin(axis, "enter the length of a weight")
+    return [tuple(axes)]

@@ -1,0 +1,85 @@
+"""Norms: per channel they pass; over channels they renormalise, or hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_prune.structure.labels import Axes, Axis
+from lightning_prune.structure.rules.registry import couple, optional, rule, together
+
+if TYPE_CHECKING:
+    from lightning_prune.structure.watch import Call
+
+FIXED_PARTNER = "are normalised together with positions that are fixed"
+
+
+def _affine(call: Call, axis: Axis | None, scale: Tensor | None, shift: Tensor | None) -> Axis | None:
+    """Multiply by a scale and add a shift along the channels: zero where both are removed."""
+    gamma, beta = optional(call, scale), optional(call, shift)
+    for found, role in ((gamma, "scales"), (beta, "shifts")):
+        if found is not None:
+            call.role(found.labels, role)
+    members = [axis, *(found for tensor, found in ((scale, gamma), (shift, beta)) if tensor is not None)]
+    zero = bool(gamma and gamma.vanishes) or bool(axis and axis.vanishes)
+    zero = zero and (shift is None or bool(beta and beta.vanishes))
+    return together(call, members, zero, FIXED_PARTNER)
+
+
+@rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
+def batch_norm(call: Call) -> list[Axes]:
+    """Statistics per channel; running ones leave with their channel."""
+    source, scale, shift = (call.arg(i, name) for i, name in enumerate(("input", "weight", "bias")))
+    axes = list(call.axes(source))
+    for statistic in (call.arg(3, "running_mean"), call.arg(4, "running_var")):
+        if statistic is not None:
+            zero = bool(axes[1] and axes[1].vanishes)
+            axes[1] = together(call, [axes[1], optional(call, statistic)], zero, FIXED_PARTNER)
+    axes[1] = _affine(call, axes[1], scale, shift)
+    return [tuple(axes), *((None,) * out.dim() for out in call.outputs[1:])]
+
+
+@rule("instance_norm")
+def instance_norm(call: Call) -> list[Axes]:
+    """Statistics per sample and channel."""
+    call.watcher.note_size("num_features", call.axes(call.arg(0, "input"))[1])
+    return batch_norm(call)
+
+
+@rule("group_norm")
+def group_norm(call: Call) -> list[Axes]:
+    """Statistics over the channels of a group: each group loses equally many, the rest is normalised anew."""
+    source, groups = call.arg(0, "input"), int(call.arg(1, "num_groups"))
+    scale, shift = call.arg(2, "weight"), call.arg(3, "bias")
+    axes = list(call.axes(source))
+    channels = axes[1]
+    if channels is not None and groups == channels.labels.size:
+        call.watcher.note_size("num_groups", channels)
+        call.watcher.note_size("num_channels", channels)
+    elif channels is not None and scale is None:
+        call.pin(channels, "are normalised together without a scale of their own")
+    elif channels is not None:
+        couple(call, channels.labels, groups)
+        call.labels.renormalise(channels.labels)
+    axes[1] = _affine(call, channels, scale, shift)
+    return [tuple(axes)]
+
+
+@rule("layer_norm", "native_layer_norm")
+def layer_norm(call: Call) -> list[Axes]:
+    """Statistics over the last dims: with one such dim the rest can be normalised anew."""
+    source, shape = call.arg(0, "input"), call.arg(1, "normalized_shape")
+    scale, shift = call.arg(2, "weight"), call.arg(3, "bias")
+    axes = call.axes(source)
+    normed = axes[len(axes) - len(shape) :]
+    if len(shape) > 1 or scale is None:
+        for tensor in (scale, shift):
+            if tensor is not None:
+                call.pin(call.axes(tensor), "are normalised over several dims")
+        call.pin(normed, "are normalised over several dims" if scale is not None else "are normalised without a scale")
+        return [(*axes[: len(axes) - len(shape)], *(None,) * len(shape))]
+    out = _affine(call, normed[0], scale, shift)
+    if out is not None:
+        call.labels.renormalise(out.labels)
+    return [(*(axis and Axis(axis.labels, False) for axis in axes[:-1]), out)]

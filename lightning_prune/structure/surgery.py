@@ -1,0 +1,231 @@
+"""The only place where shapes change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.errors import PlanError
+from lightning_prune.structure.plan import PruningPlan, named_tensors, signature
+
+Cuts = dict[int, Tensor]
+
+
+def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
+    """Remove what the plan does not keep, in place.
+
+    Parameter objects keep their identity, ``requires_grad`` and ties, so optimisers go on training them; their state
+    (momenta and averages of the parameter's shape) is cut along. Gradients are dropped. Modules' own numbers
+    (``out_channels``, ``num_features``, ``normalized_shape``, ...) follow. All or nothing: after a failure everything
+    is as it was.
+
+    Args:
+        model: the dense model that the plan fits.
+        plan: what stays.
+        optimizers: those that hold the model's parameters.
+
+    Raises:
+        PlanError: where the plan belongs to a model of other names or shapes.
+
+    >>> from lightning_prune.structure import choose, trace
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    >>> weight = net[0].weight
+    >>> prune_(net, choose(trace(net, torch.zeros(1, 4)), ratio=0.5), optimizer)
+    >>> net, net[0].weight is weight
+    (Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=4, out_features=2, bias=True)
+    ), True)
+    """
+    check_fits(model, plan)
+    optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    tensors = named_tensors(model)
+    cuts: dict[str, Cuts] = {}
+    for (name, dim), positions in plan.kept.items():
+        cuts.setdefault(name, {})[dim] = torch.tensor(positions, device=tensors[name].device)
+    depthwise = {name for name, module in model.named_modules() if _is_depthwise(module)}
+    with torch.no_grad(), _all_or_nothing() as undo:
+        slim = {name: _cut(tensors[name], cut) for name, cut in cuts.items()}
+        states = [_slim_state(optimizer, tensors[name], cut) for name, cut in cuts.items() for optimizer in optimizers]
+        for name, tensor in slim.items():
+            _replace(model, name, tensors[name], tensor, undo)
+        for state, new in (pair for pairs in states for pair in pairs):
+            _update(state, new, undo)
+        for name, module in model.named_modules():
+            _renumber(module, name in depthwise, undo)
+        for name, number in plan.numbers.items():
+            path, _, attribute = name.rpartition(".")
+            _set(model.get_submodule(path), attribute, number, undo)
+
+
+def check_fits(model: nn.Module, plan: PruningPlan) -> None:
+    """Raise :class:`PlanError`, naming the first tensor that does not fit, unless the plan was made for such a model."""
+    tensors = named_tensors(model)
+    for (name, dim), size in plan.sizes.items():
+        if name not in tensors:
+            raise PlanError(f"The plan cuts {name!r}, which this {type(model).__name__} does not have.")
+        shape = tuple(tensors[name].shape)
+        if not 0 <= dim < len(shape) or shape[dim] != size:
+            raise PlanError(f"The plan expects length {size} along dim {dim} of {name!r}, which has shape {shape}.")
+    if plan.signature and plan.signature != signature(model):
+        raise PlanError(f"The plan was made for another model than this {type(model).__name__} (signatures differ).")
+
+
+def _cut(tensor: Tensor, cut: Cuts) -> Tensor:
+    """The kept positions, in fresh contiguous memory of the tensor's own layout."""
+    out = tensor.detach()
+    for dim, positions in cut.items():
+        out = out.index_select(dim, positions)
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        out = out.contiguous(memory_format=torch.channels_last)
+    return out
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[list[Callable[[], None]]]:
+    undo: list[Callable[[], None]] = []
+    try:
+        yield undo
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _replace(model: nn.Module, name: str, old: Tensor, new: Tensor, undo: list[Callable[[], None]]) -> None:
+    if isinstance(old, nn.Parameter):
+        _swap(old, new, undo)
+        return
+    for module in model.modules():  # a buffer may be registered in several places
+        for key, buffer in module._buffers.items():
+            if buffer is old:
+                _put(module._buffers, key, new, undo)
+
+
+def _swap(parameter: nn.Parameter, new: Tensor, undo: list[Callable[[], None]]) -> None:
+    old, gradient = parameter.data, parameter.grad
+
+    def put(data: Tensor, grad: Tensor | None) -> None:
+        # A dummy of another type in between resets the node that accumulates gradients of the old shape.
+        other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+        parameter.grad = None
+        parameter.data = torch.empty(0, dtype=other, device=data.device)
+        parameter.data = data
+        parameter.grad = grad
+
+    undo.append(lambda: put(old, gradient))
+    put(new, None)
+
+
+def _put(mapping: dict[Any, Any], key: Any, value: Any, undo: list[Callable[[], None]]) -> None:
+    old = mapping[key]
+    undo.append(lambda: mapping.__setitem__(key, old))
+    mapping[key] = value
+
+
+def _set(module: nn.Module, attribute: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    old = getattr(module, attribute)
+    if old != value:
+        undo.append(lambda: setattr(module, attribute, old))
+        setattr(module, attribute, value)
+
+
+def _slim_state(optimizer: Optimizer, parameter: Tensor, cut: Cuts) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The optimiser's state of one parameter with its new contents: what has the parameter's shape is cut along.
+
+    State of another shape (factored or blocked statistics) can't be cut; the optimiser starts it anew.
+    """
+    state = optimizer.state.get(parameter)
+    if not state:
+        return []
+    held = [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
+    if any(value.shape != parameter.shape for value in held):
+        return [(state, {})]
+    whole = {key: _cut(v, cut) if isinstance(v, Tensor) and v.dim() else v for key, v in state.items()}
+    return [(state, whole)]
+
+
+def _update(state: dict[str, Any], new: dict[str, Any], undo: list[Callable[[], None]]) -> None:
+    old = dict(state)
+
+    def back() -> None:
+        state.clear()
+        state.update(old)
+
+    undo.append(back)
+    state.clear()
+    state.update(new)
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    groups = getattr(module, "groups", 1)
+    return isinstance(groups, int) and groups > 1 and groups == getattr(module, "in_channels", None)
+
+
+def _renumber(module: nn.Module, depthwise: bool, undo: list[Callable[[], None]]) -> None:
+    """Read a module's own numbers off its tensors."""
+    for kinds, numbers in NUMBERS:
+        if isinstance(module, kinds):
+            for attribute, value in numbers(module, depthwise).items():
+                _set(module, attribute, value, undo)
+            break
+    if isinstance(module, nn.RNNBase):
+        module.flatten_parameters()
+
+
+def _convolution(module: Any, depthwise: bool) -> dict[str, Any]:
+    first, second = module.weight.shape[:2]
+    if module.transposed:
+        groups = first if depthwise else module.groups
+        return {"in_channels": first, "out_channels": second * groups, "groups": groups}
+    groups = module.groups
+    if depthwise:
+        groups = first // (module.out_channels // module.in_channels)
+    return {"in_channels": second * groups, "out_channels": first, "groups": groups}
+
+
+def _batch_norm(module: Any, depthwise: bool) -> dict[str, Any]:
+    for tensor in (module.weight, module.running_mean):
+        if tensor is not None:
+            return {"num_features": tensor.shape[0]}
+    return {}
+
+
+def _of_weight(attributes: dict[str, int]) -> Callable[[Any, bool], dict[str, Any]]:
+    return lambda module, depthwise: {name: module.weight.shape[dim] for name, dim in attributes.items()}
+
+
+def _normalized_shape(module: Any, depthwise: bool) -> dict[str, Any]:
+    return {"normalized_shape": tuple(module.weight.shape)} if module.weight is not None else {}
+
+
+def _group_norm(module: Any, depthwise: bool) -> dict[str, Any]:
+    if module.weight is None:
+        return {}
+    channels = module.weight.shape[0]
+    groups = channels if module.num_groups == module.num_channels else module.num_groups
+    return {"num_channels": channels, "num_groups": groups}
+
+
+def _recurrent(module: Any, depthwise: bool) -> dict[str, Any]:
+    return {"input_size": module.weight_ih_l0.shape[1]}
+
+
+#: Module types -> how their numbers follow from their tensors; subclasses are covered by their bases.
+NUMBERS: tuple[tuple[tuple[type, ...], Callable[[Any, bool], dict[str, Any]]], ...] = (
+    ((nn.modules.conv._ConvNd,), _convolution),
+    ((nn.Linear,), _of_weight({"out_features": 0, "in_features": 1})),
+    ((nn.modules.batchnorm._NormBase,), _batch_norm),
+    ((nn.LayerNorm,), _normalized_shape),
+    ((nn.GroupNorm,), _group_norm),
+    ((nn.Embedding, nn.EmbeddingBag), _of_weight({"num_embeddings": 0, "embedding_dim": 1})),
+    ((nn.PReLU,), _of_weight({"num_parameters": 0})),
+    ((nn.RNNBase,), _recurrent),
+)
