@@ -1,1 +1,78 @@
-"""Structural pruning for Lightning: from dense to slim inside one fit."""
+"""Structural pruning for Lightning: from dense to slim inside one fit.
+
+Names load on first use, so that ``lightning_prune.structure`` works without Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks.greg import GReg1, GReg2
+    from lightning_prune.callbacks.structural import StructuralPruning
+    from lightning_prune.errors import (
+        ConfigurationError,
+        PlanError,
+        ProofError,
+        PruningError,
+        SlimFileError,
+        TraceError,
+    )
+    from lightning_prune.structure import (
+        ChannelGraph,
+        ChannelGroup,
+        Proof,
+        PruningPlan,
+        choose,
+        load_slim,
+        prove,
+        prune_,
+        save_slim,
+        trace,
+    )
+
+_HOMES = {
+    "lightning_prune.callbacks.greg": ("GReg1", "GReg2"),
+    "lightning_prune.callbacks.structural": ("StructuralPruning",),
+    "lightning_prune.errors": (
+        *("ConfigurationError", "PlanError", "ProofError", "PruningError", "SlimFileError", "TraceError"),
+    ),
+    "lightning_prune.structure": (
+        *("ChannelGraph", "ChannelGroup", "Proof", "PruningPlan"),
+        *("choose", "load_slim", "prove", "prune_", "save_slim", "trace"),
+    ),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ChannelGraph",
+    "ChannelGroup",
+    "ConfigurationError",
+    "GReg1",
+    "GReg2",
+    "PlanError",
+    "Proof",
+    "ProofError",
+    "PruningError",
+    "PruningPlan",
+    "SlimFileError",
+    "StructuralPruning",
+    "TraceError",
+    "choose",
+    "load_slim",
+    "prove",
+    "prune_",
+    "save_slim",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,6 +6,8 @@ Works on any ``torch.nn.Module`` and knows neither penalties nor Lightning.
 from lightning_prune.structure.choose import choose, pick, select
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup, trace
 from lightning_prune.structure.plan import PruningPlan, kept_channels, signature
+from lightning_prune.structure.proof import Proof, masked_state, prove
+from lightning_prune.structure.slim_file import load_slim, read_slim_header, save_slim
 from lightning_prune.structure.surgery import prune_
 
 __all__ = [
@@ -13,9 +15,15 @@ __all__ = [
     "ChannelGroup",
     "PruningPlan",
     "choose",
+    "Proof",
     "kept_channels",
+    "load_slim",
+    "masked_state",
     "pick",
+    "prove",
     "prune_",
+    "read_slim_header",
+    "save_slim",
     "select",
     "signature",
     "trace",

@@ -111,9 +111,9 @@ class Prober(TorchDispatchMode):
         return _stand_in(func, args, kwargs, expected)
 
     def blame_next(self, reason: str) -> None:
-        """Python itself failed: what the last operator wrote and the next one would read is counted somewhere."""
-        for record in self.records[max(self.position - 1, 0) : self.position + 1]:
-            self._blame((*record.inputs, *record.outputs), reason)
+        """Python itself failed: what the next operator would have read, or what was written last, is counted somewhere."""
+        following = self.records[self.position : self.position + 1]
+        self._blame(tuple(axes for record in following for axes in (*record.inputs, *record.outputs)), reason)
 
     def _next(self, operator: str) -> Record | None:
         if self.astray or self.position >= len(self.records) or self.records[self.position].operator != operator:
@@ -129,9 +129,16 @@ class Prober(TorchDispatchMode):
             yield size if axis is None else size - int(np.count_nonzero(self.leaving[axis.labels]))
 
     def _blame(self, tensors: tuple[Axes, ...], reason: str) -> None:
-        for axis in (axis for axes in tensors for axis in axes if isinstance(axis, Axis)):
-            if self.leaving[axis.labels].any():
-                self.pins.append((axis.labels, reason))
+        """Pin what leaves along these dims; where nothing does, the size was read off a tensor a little earlier."""
+        earlier = self.position - 1
+        while not (guilty := self._leaving_along(tensors)) and earlier >= 0:
+            tensors = (*self.records[earlier].inputs, *self.records[earlier].outputs)
+            earlier -= 1
+        self.pins += [(axis.labels, reason) for axis in guilty]
+
+    def _leaving_along(self, tensors: tuple[Axes, ...]) -> list[Axis]:
+        found = (axis for axes in tensors for axis in axes if axis is not None)
+        return [axis for axis in found if self.leaving[axis.labels].any()]
 
 
 def _place(record: Record) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim import Optimizer
 
 from lightning_prune.errors import PlanError
@@ -171,6 +172,9 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 def _renumber(module: nn.Module, depthwise: bool, undo: list[Callable[[], None]]) -> None:
     """Read a module's own numbers off its tensors."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):  # its weight is a plain attribute, made anew before each forward
+            hook(module, None)
     for kinds, numbers in NUMBERS:
         if isinstance(module, kinds):
             for attribute, value in numbers(module, depthwise).items():

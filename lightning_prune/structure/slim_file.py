@@ -1,0 +1,149 @@
+"""Slim models on disk: safetensors with plan and metadata as JSON in the header; no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_prune.errors import PlanError, SlimFileError
+from lightning_prune.structure.plan import PruningPlan, named_tensors, signature
+from lightning_prune.structure.surgery import check_fits, prune_
+
+KEY = "lightning_prune"
+VERSION = 1
+
+
+def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: PruningPlan, **metadata: Any) -> None:
+    """Write a slim model's weights together with the plan that made it, in one safetensors file.
+
+    The file appears under its name when it is complete, not before.
+
+    Args:
+        model: the slim model.
+        path: of the file.
+        plan: that turned the dense model into this one.
+        metadata: anything that JSON can hold, such as accuracies.
+
+    Raises:
+        SlimFileError: where the model is not what the plan leaves, or the metadata can't be written as JSON.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(model).items()}
+    for (name, dim), positions in plan.kept.items():
+        if name in tensors and tensors[name].shape[dim] != len(positions):
+            found, want = tensors[name].shape[dim], len(positions)
+            raise SlimFileError(f"{name!r} has length {found} along dim {dim} where the plan leaves {want}.")
+    header = {
+        "version": VERSION,
+        "plan": json.loads(plan.to_json()),
+        "signature": signature(model),
+        "digest": _digest(tensors),
+        "versions": {"torch": torch.__version__, "safetensors": safetensors.__version__},
+        "metadata": metadata,
+    }
+    try:
+        text = json.dumps(header, sort_keys=True)
+    except TypeError as error:
+        raise SlimFileError(f"The metadata must be what JSON can hold: {error}.") from error
+    target = Path(path)
+    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, draft, metadata={KEY: text})
+        os.replace(draft, target)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def read_slim_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Plan, signature, versions and metadata of a slim file, without its weights.
+
+    Raises:
+        SlimFileError: where the file is damaged or not one of ours.
+    """
+    return _read(path)[0]
+
+
+def load_slim(path: str | os.PathLike[str], model: nn.Module) -> PruningPlan:
+    """Turn a fresh dense model into the slim one of a file: first the plan, then the weights, in place.
+
+    Everything is checked before the model is touched.
+
+    Args:
+        path: of a file that :func:`save_slim` wrote.
+        model: built as the dense model was.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SlimFileError: where the file is damaged, foreign, or belongs to another model.
+    """
+    header, tensors = _read(path)
+    try:
+        plan = PruningPlan.from_json(json.dumps(header["plan"]))
+        check_fits(model, plan)
+    except (KeyError, PlanError) as error:
+        raise SlimFileError(f"{os.fspath(path)} does not fit this {type(model).__name__}: {error}") from error
+    _check_tensors(path, _stored(model), tensors, plan)
+    prune_(model, plan)
+    with torch.no_grad():
+        for name, tensor in _stored(model).items():
+            tensor.copy_(tensors[name])
+    return plan
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    name = os.fspath(path)
+    try:
+        with safe_open(name, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise SlimFileError(f"{name} can't be read as a slim file: {error}.") from error
+    if KEY not in metadata:
+        raise SlimFileError(f"{name} is a safetensors file, but not one that save_slim wrote.")
+    try:
+        header: dict[str, Any] = json.loads(metadata[KEY])
+        version, digest = header["version"], header["digest"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise SlimFileError(f"The header of {name} is damaged: {error}.") from error
+    if version != VERSION:
+        raise SlimFileError(f"{name} has version {version!r}; this library reads version {VERSION}.")
+    if digest != _digest(tensors):
+        raise SlimFileError(f"The weights in {name} are not those that were written; the file is damaged.")
+    return header, tensors
+
+
+def _check_tensors(path: Any, dense: dict[str, Tensor], found: dict[str, Tensor], plan: PruningPlan) -> None:
+    for name in sorted(dense.keys() ^ found.keys()):
+        missing = "lacks" if name in dense else "holds a tensor that this model does not have:"
+        raise SlimFileError(f"{os.fspath(path)} {missing} {name!r}.")
+    for name, tensor in dense.items():
+        shape = [len(plan.kept.get((name, dim), range(size))) for dim, size in enumerate(tensor.shape)]
+        if list(found[name].shape) != shape:
+            raise SlimFileError(f"{name!r} has shape {tuple(found[name].shape)} in {os.fspath(path)}, not {tuple(shape)}.")
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each once."""
+    names = model.state_dict(keep_vars=True).keys()
+    return {name: tensor for name, tensor in named_tensors(model).items() if name in names}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(name.encode())
+        whole.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
