@@ -1,0 +1,176 @@
+"""What the pruned network is called with, and how its channels hang together: watched once, in the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune import structure
+from lightning_prune.errors import ConfigurationError
+
+
+class Capture:
+    """Watches the forward calls of one fit: which module is pruned, its latest arguments, and its channel graph.
+
+    One instance is shared by all pruning callbacks of a trainer. In the first training batch every module carries a
+    hook; afterwards only the pruned module does, until :meth:`close`. Loaders are never iterated and random states
+    don't move.
+
+    Args:
+        pl_module: the module in training.
+        name: the pruned module's name inside ``pl_module``, ``""`` for itself. ``None`` takes the LightningModule if
+            its ``forward`` is called, else its only outermost called child with parameters.
+
+    Raises:
+        ConfigurationError: no module has that name.
+    """
+
+    def __init__(self, pl_module: LightningModule, name: str | None = None) -> None:
+        modules = dict(pl_module.named_modules())
+        if name is not None and name not in modules:
+            children = ", ".join(key for key, _ in pl_module.named_children())
+            raise ConfigurationError(
+                f"module={name!r} is no part of the LightningModule; its children are: {children}."
+            )
+        self._pl_module = pl_module
+        self._name = name
+        self._graph: structure.ChannelGraph | None = None
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._depth = 0
+        self._handles: list[RemovableHandle] = []
+        self._watching = False
+
+    @property
+    def name(self) -> str | None:
+        """The pruned module's name inside the LightningModule; ``None`` until it is known."""
+        return self._name
+
+    @property
+    def module(self) -> nn.Module:
+        """The pruned module; known at the latest when :attr:`graph` is."""
+        if self._name is None:
+            raise ConfigurationError("The pruned module is known only after the first training batch's forward pass.")
+        return self._pl_module.get_submodule(self._name)
+
+    @property
+    def graph(self) -> structure.ChannelGraph | None:
+        """The channel graph; ``None`` until the first batch's backward."""
+        return self._graph
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Detached ``(args, kwargs)`` of the latest training batch's (first) call; ``None`` until the first."""
+        return self._inputs
+
+    def begin_batch(self) -> None:
+        """Start watching one training batch; a second call for the same batch changes nothing."""
+        if self._watching:
+            return
+        self._watching = True
+        self._depth = 0
+        if not self._handles:
+            names = dict(self._pl_module.named_modules()) if self._graph is None else {self._name or "": self.module}
+            for name, module in names.items():
+                self._watch(name, module)
+        self._calls.clear()
+
+    def end_batch(self) -> None:
+        """Stop watching until the next training batch."""
+        self._watching = False
+
+    def build(self) -> None:
+        """Find the pruned module and trace it, unless that is done: before the first optimiser step.
+
+        Raises:
+            ConfigurationError: the pruned module wasn't called, or more than one candidate was.
+            TraceError: the module's forward pass can't be captured.
+        """
+        if self._graph is not None or not self._watching:
+            return
+        self._unhook()
+        self._name = self._candidate()
+        self._inputs = self._calls[self._name]
+        self._calls.clear()
+        args, kwargs = self._inputs
+        device = next((p.device.type for p in self.module.parameters()), "cpu")
+        with torch.autocast(device, enabled=False):
+            self._graph = structure.trace(self.module, args, kwargs or None)
+        self._watch(self._name, self.module)
+
+    def close(self) -> None:
+        """Remove every hook and let go of the batch."""
+        self._unhook()
+        self._calls.clear()
+        self._inputs = None
+        self._watching = False
+
+    def _candidate(self) -> str:
+        if self._name is not None:
+            if self._name not in self._calls:
+                raise ConfigurationError(f"module={self._name!r} isn't called by training_step, so it can't be pruned.")
+            return self._name
+        outermost = list(self._calls)
+        if "" in outermost:
+            return ""
+        if not outermost:
+            raise ConfigurationError(
+                "training_step calls no module that has parameters; call the network as a module, not its forward."
+            )
+        if len(outermost) > 1:
+            raise ConfigurationError(
+                f"training_step calls several modules ({', '.join(outermost)}); name the one to prune with module=..."
+            )
+        return outermost[0]
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        self._handles.append(module.register_forward_pre_hook(self._enter(name, module), with_kwargs=True))
+        if self._graph is None:
+            self._handles.append(module.register_forward_hook(self._leave(module), always_call=True))
+
+    def _enter(self, name: str, module: nn.Module) -> Callable[..., None]:
+        # a closure, not a bound method: copying a module must not copy this object and the trainer behind it
+        wanted = name == self._name if self._name is not None else any(True for _ in module.parameters())
+
+        def enter(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._watching or called is not module or _is_redirected(called):
+                return
+            outermost = self._depth == 0 or self._name is not None
+            self._depth += 1
+            if not wanted or not outermost or torch.compiler.is_compiling():
+                return
+            call = (tree_map(_detach, args), tree_map(_detach, kwargs))
+            if self._graph is None:
+                self._calls.setdefault(name, call)
+            elif not self._calls:
+                self._calls[name] = call
+                self._inputs = call
+
+        return enter
+
+    def _leave(self, module: nn.Module) -> Callable[..., None]:
+        def leave(called: nn.Module, *_: Any) -> None:
+            if self._watching and called is module and self._depth > 0:
+                self._depth -= 1
+
+        return leave
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _is_redirected(module: nn.Module) -> bool:
+    """Whether this call is the wrapper's way into ``training_step`` (under DDP), not the user's own call."""
+    return getattr(module.__dict__.get("forward"), "__name__", "") == "wrapped_forward"
