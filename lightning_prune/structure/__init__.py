@@ -13,9 +13,9 @@ from lightning_prune.structure.surgery import prune_
 __all__ = [
     "ChannelGraph",
     "ChannelGroup",
+    "Proof",
     "PruningPlan",
     "choose",
-    "Proof",
     "kept_channels",
     "load_slim",
     "masked_state",

@@ -137,7 +137,8 @@ def select(
     for pattern, value in ratios.items():
         if not 0 <= value < 1:
             raise ConfigurationError(f"The ratio of {pattern!r} must lie in [0, 1), not {value!r}.")
-    _all_match(graph, [*ratios, *ignore])
+    _all_match(graph, [pattern for pattern, value in ratios.items() if value], ignored=False)
+    _all_match(graph, [*ignore, *(pattern for pattern, value in ratios.items() if not value)], ignored=True)
     allowed = scope == "all" if renormalise is None else renormalise
     share: dict[str, float] = {}
     for group in graph.groups:
@@ -154,14 +155,18 @@ def matches(group: ChannelGroup, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names)
 
 
-def _all_match(graph: ChannelGraph, patterns: Iterable[str]) -> None:
-    layers = {layer for layer, _ in graph.model.named_modules()}
+def _all_match(graph: ChannelGraph, patterns: Iterable[str], ignored: bool) -> None:
+    """Every pattern names something: a layer that can shrink or, where it is to stay as it is, any module."""
+    modules = [name for name, _ in graph.model.named_modules()] if ignored else []
     for pattern in patterns:
-        if not any(matches(group, pattern) for group in graph.groups) and not any(
-            fnmatchcase(layer, pattern) for layer in layers
-        ):
-            known = ", ".join(group.name for group in graph.groups[:8])
-            raise ConfigurationError(f"The pattern {pattern!r} matches no layer; layers that can shrink: {known or 'none'}.")
+        if any(matches(group, pattern) for group in graph.groups):
+            continue
+        if any(fnmatchcase(name, pattern) for name in modules):
+            continue
+        held = next((why for layer, why in graph.pinned.items() if fnmatchcase(layer, pattern)), "")
+        known = ", ".join(group.name for group in graph.groups[:8])
+        why = f"a layer that can shrink ({held.rstrip('.')})" if held else "a layer"
+        raise ConfigurationError(f"The pattern {pattern!r} does not match {why}; these can: {known or 'none'}.")
 
 
 def value_of(group: ChannelGroup, tensors: Mapping[str, Tensor], score: Score, generator: torch.Generator) -> Tensor:
@@ -178,7 +183,9 @@ def value_of(group: ChannelGroup, tensors: Mapping[str, Tensor], score: Score, g
         values = _mean_over(group, group.outputs or group.inputs, tensors, function)
     elif score == "bn_scale":
         if not group.scales:
-            raise ConfigurationError(f"Group {group.name!r} has no norm whose scale could be its score; use score='l1'.")
+            raise ConfigurationError(
+                f"Group {group.name!r} has no norm whose scale could be its score; use score='l1'."
+            )
         values = _mean_over(group, group.scales, tensors, scores.bn_scale)
     else:
         raise ConfigurationError(f"score must be one of {', '.join(SCORES)} or a function, not {score!r}.")

@@ -107,7 +107,9 @@ class ChannelGraph:
                 numbers[attribute] -= sum(len(gone) * each for part, each in parts if part == name)
         tensors = named_tensors(self.model)
         sizes = {(name, dim): tensors[name].shape[dim] for name, dim in cut}
-        kept = {member: tuple(np.delete(np.arange(sizes[member]), positions).tolist()) for member, positions in cut.items()}
+        kept = {
+            member: tuple(np.delete(np.arange(sizes[member]), positions).tolist()) for member, positions in cut.items()
+        }
         changed = {name: number for name, number in numbers.items() if number != self._dense_numbers()[name]}
         return PruningPlan(kept, sizes, signature(self.model), tuple(outputs), changed, tuple(renormalised))
 
@@ -118,7 +120,10 @@ class ChannelGraph:
         }
 
     def __str__(self) -> str:
-        rows = [f"{group.name}  {group.size} channels, read by {', '.join(group.consumers) or 'nobody'}" for group in self.groups]
+        rows = [
+            f"{group.name}  {group.size} channels, read by {', '.join(group.consumers) or 'nobody'}"
+            for group in self.groups
+        ]
         return "\n".join(rows + [f"{layer}  pinned: {reason}" for layer, reason in self.pinned.items()])
 
 
@@ -154,15 +159,17 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
     try:
         watcher = _watch(model, args, named, "meta")
         device = "meta"
-    except Exception:  # noqa: BLE001 - whatever it was, a pass with values says it better
+    except Exception:  # whatever it was, a pass with values says it better
         device = "cpu"
         try:
             watcher = _watch(model, args, named, device)
-        except Exception as error:  # noqa: BLE001 - any failure of foreign code is reported the same way
+        except Exception as error:  # any failure of foreign code is reported the same way
             raise TraceError(f"The model can't be watched: {_statement(error)}.") from error
     solution = watcher.labels.solve()
     graph = _graph(model, watcher, solution)
-    while graph.groups and (pins := probe(watcher, solution, graph, replica(model, device), *to_device((args, named), device))):
+    while graph.groups and (
+        pins := probe(watcher, solution, graph, replica(model, device), *to_device((args, named), device))
+    ):
         for labels, reason in pins:
             watcher.labels.pin(labels, reason)
         solution = watcher.labels.solve()
@@ -267,7 +274,9 @@ def _pinned(watcher: Watcher, solution: Solution) -> dict[str, str]:
     return pinned
 
 
-def _counted(watcher: Watcher, solution: Solution, groups: list[ChannelGroup]) -> dict[str, tuple[tuple[str, int], ...]]:
+def _counted(
+    watcher: Watcher, solution: Solution, groups: list[ChannelGroup]
+) -> dict[str, tuple[tuple[str, int], ...]]:
     """For each number that a module keeps of its channels: which groups it counts, and how often."""
     owner: dict[int, str] = {}
     for group in groups:
@@ -284,4 +293,3 @@ def _counted(watcher: Watcher, solution: Solution, groups: list[ChannelGroup]) -
         if parts:
             counted[attribute] = tuple((name, max(each)) for name, each in parts.items())
     return counted
-

@@ -20,7 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.structure.labels import Axes, Axis, Ints, Solution
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.surgery import prune_
-from lightning_prune.structure.watch import Record, Watcher, on_meta, open_up, operator_name, rule_for, scalars_of, tensors_in
+from lightning_prune.structure.watch import (
+    Record,
+    Watcher,
+    on_meta,
+    open_up,
+    operator_name,
+    rule_for,
+    scalars_of,
+    tensors_in,
+)
 
 if TYPE_CHECKING:
     from lightning_prune.structure.graph import ChannelGraph
@@ -29,7 +38,12 @@ Pins = list[tuple[Ints, str]]
 
 
 def probe(
-    watcher: Watcher, solution: Solution, graph: ChannelGraph, trial: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    watcher: Watcher,
+    solution: Solution,
+    graph: ChannelGraph,
+    trial: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Pins:
     """What else must be pinned, with reasons; nothing where the model ran as foretold. ``trial`` is used up."""
     removed = _unequal(graph)
@@ -40,7 +54,7 @@ def probe(
         try:
             with prober:
                 trial(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the user's own checks may raise anything
+        except Exception as error:  # the user's own checks may raise anything
             failure = " ".join(str(error).split())[:200] or type(error).__name__
             prober.blame_next(f"Its channels are counted by the model's own code ({failure}).")
     if prober.pins or (not failure and prober.complete):
@@ -50,7 +64,7 @@ def probe(
 
 
 def _unequal(graph: ChannelGraph) -> dict[str, list[int]]:
-    """Channels that go in the trial: between a fifth and two thirds of each group, never the same share twice in a row."""
+    """Channels that go in the trial: between a fifth and two thirds of a group, another share than its neighbours."""
     generator = np.random.default_rng(0)
     shares = np.linspace(0.2, 0.67, 7)
     removed = {}
@@ -60,7 +74,9 @@ def _unequal(graph: ChannelGraph) -> dict[str, list[int]]:
     return removed
 
 
-def _leaving(watcher: Watcher, solution: Solution, graph: ChannelGraph, removed: dict[str, list[int]]) -> NDArray[np.bool_]:
+def _leaving(
+    watcher: Watcher, solution: Solution, graph: ChannelGraph, removed: dict[str, list[int]]
+) -> NDArray[np.bool_]:
     """Per label, whether it leaves in the trial."""
     gone = np.zeros(solution.root.size, dtype=bool)
     for group in graph.groups:
@@ -99,19 +115,19 @@ class Prober(TorchDispatchMode):
             return func(*args, **kwargs)
         expected = [tuple(self._sizes(axes, shape)) for axes, shape in zip(record.outputs, record.shapes, strict=True)]
         if scalars_of(func, args, kwargs) != record.scalars:
-            self._blame(record.inputs, f"A number that depends on their count enters {record.operator} {_place(record)}.")
+            self._blame(record.inputs, f"A number that depends on their count enters {_named(record)}.")
         try:
             result = func(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - a size that does not fit, in whatever words
-            self._blame((*record.inputs, *record.outputs), f"{record.operator} {_place(record)} fails with fewer channels.")
+        except Exception:  # a size that does not fit, in whatever words
+            self._blame((*record.inputs, *record.outputs), f"{_named(record)} fails with fewer channels.")
             return _stand_in(func, args, kwargs, expected)
         if [tuple(tensor.shape) for tensor in tensors_in(result)] == expected:
             return result
-        self._blame(record.outputs, f"Their count is written down or worked out anew by {record.operator} {_place(record)}.")
+        self._blame(record.outputs, f"Their count is written down or worked out anew in {_named(record)}.")
         return _stand_in(func, args, kwargs, expected)
 
     def blame_next(self, reason: str) -> None:
-        """Python itself failed: what the next operator would have read, or what was written last, is counted somewhere."""
+        """Python itself failed: what the next operator would have read is counted somewhere."""
         following = self.records[self.position : self.position + 1]
         self._blame(tuple(axes for record in following for axes in (*record.inputs, *record.outputs)), reason)
 
@@ -141,8 +157,8 @@ class Prober(TorchDispatchMode):
         return [axis for axis in found if self.leaving[axis.labels].any()]
 
 
-def _place(record: Record) -> str:
-    return f"in {record.where!r}" if record.where else "in the model's own forward"
+def _named(record: Record) -> str:
+    return f"{record.operator} ({record.where or 'the model itself'})"
 
 
 def _stand_in(func: Any, args: Any, kwargs: Any, shapes: list[tuple[int, ...]]) -> Any:
@@ -153,4 +169,3 @@ def _stand_in(func: Any, args: Any, kwargs: Any, shapes: list[tuple[int, ...]]) 
     if len(returns) == 1 and str(returns[0].type) == "Tensor":
         return made[0]
     return made if len(returns) == 1 else tuple(made)
-

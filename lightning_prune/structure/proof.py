@@ -110,7 +110,7 @@ def prove(
         return _prove(model, plan, args, torch.float64, tolerance)
     except ProofError:
         raise
-    except Exception:  # noqa: BLE001 - a model may insist on single precision in any words
+    except Exception:  # a model may insist on single precision in any words
         return _prove(model, plan, args, torch.float32, tolerance)
 
 
@@ -143,7 +143,9 @@ def _pair(model: nn.Module, plan: PruningPlan, dtype: torch.dtype, train: bool) 
     with torch.no_grad():
         for name, value in masked_state(masked, plan).items():
             tensors[name].copy_(value)
-    kept = {id(tensors[name]): torch.tensor(plan.kept[name, 0], device=tensors[name].device) for name in plan.renormalised}
+    kept = {
+        id(tensors[name]): torch.tensor(plan.kept[name, 0], device=tensors[name].device) for name in plan.renormalised
+    }
     prune_(slim, plan)
     return _Run(masked, kept), _Run(slim, {})
 
@@ -183,7 +185,7 @@ class _Fair(TorchDispatchMode):
 
 def _over_kept(func: Any, name: str, args: Any, kwargs: Any, kept: Tensor) -> Tensor:
     """A norm over the kept channels; the others come out as zero."""
-    source, second, scale, shift, *rest = (*args, *(None,) * (4 - len(args)))
+    source, second, scale, shift, *rest = [*args, None][: max(len(args), 4)]
     dim = source.dim() - 1 if name == "layer_norm" else 1
     small = source.index_select(dim, kept)
     size = [len(kept)] if name == "layer_norm" else second

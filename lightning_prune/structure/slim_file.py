@@ -59,7 +59,7 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: PruningPlan,
     os.close(handle)
     try:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, draft, metadata={KEY: text})
-        os.replace(draft, target)
+        Path(draft).replace(target)
     except BaseException:
         Path(draft).unlink(missing_ok=True)
         raise
@@ -108,7 +108,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     try:
         with safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no iterator
     except (SafetensorError, OSError) as error:
         raise SlimFileError(f"{name} can't be read as a slim file: {error}.") from error
     if KEY not in metadata:
@@ -132,7 +132,9 @@ def _check_tensors(path: Any, dense: dict[str, Tensor], found: dict[str, Tensor]
     for name, tensor in dense.items():
         shape = [len(plan.kept.get((name, dim), range(size))) for dim, size in enumerate(tensor.shape)]
         if list(found[name].shape) != shape:
-            raise SlimFileError(f"{name!r} has shape {tuple(found[name].shape)} in {os.fspath(path)}, not {tuple(shape)}.")
+            raise SlimFileError(
+                f"{name!r} has shape {tuple(found[name].shape)} in {os.fspath(path)}, not {tuple(shape)}."
+            )
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:

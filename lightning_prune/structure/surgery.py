@@ -67,7 +67,7 @@ def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable
 
 
 def check_fits(model: nn.Module, plan: PruningPlan) -> None:
-    """Raise :class:`PlanError`, naming the first tensor that does not fit, unless the plan was made for such a model."""
+    """Raise :class:`PlanError`, naming the first tensor that does not fit, unless the plan is for such a model."""
     tensors = named_tensors(model)
     for (name, dim), size in plan.sizes.items():
         if name not in tensors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ class Known(NamedTuple):
 class Call:
     """One operator at work, as a rule sees it."""
 
-    __slots__ = ("args", "kwargs", "outputs", "watcher", "name", "inputs")
+    __slots__ = ("args", "inputs", "kwargs", "name", "outputs", "watcher")
 
     def __init__(self, watcher: Watcher, name: str, args: Sequence[Any], kwargs: dict[str, Any], outputs: list[Tensor]):
         self.watcher, self.name, self.args, self.kwargs, self.outputs = watcher, name, args, kwargs, outputs
@@ -70,8 +70,8 @@ class Call:
         """In which module this happens, for a sentence."""
         return f"in {self.watcher.module!r}" if self.watcher.module else "in the model's own forward"
 
-    def pin(self, axes: Axis | None | Axes, why: str) -> None:
-        """Forbid the positions of one dim, or of all dims of a tensor, to leave; ``why`` ends a sentence on channels."""
+    def pin(self, axes: Axis | Axes | None, why: str) -> None:
+        """Forbid the positions of one dim, or of all dims of a tensor, to leave; ``why`` ends a sentence."""
         for axis in (axes,) if isinstance(axes, Axis) else axes or ():
             if axis is not None:
                 self.labels.pin(axis.labels, f"Its channels {why} ({self.name} {self.where}).")
@@ -182,7 +182,9 @@ class Watcher(TorchDispatchMode):
 
     def _taint(self, tensor: Tensor, old: Axes, new: Axes) -> None:
         """Views of a tensor that was written in place must not go on promising zeros."""
-        if len(old) == len(new) and any(a is not None and a.vanishes and not (b and b.vanishes) for a, b in zip(old, new, strict=True)):
+        if len(old) == len(new) and any(
+            a is not None and a.vanishes and not (b and b.vanishes) for a, b in zip(old, new, strict=True)
+        ):
             self._tainted.add(tensor.untyped_storage()._cdata)
 
     def _remember(self, tensor: Tensor, axes: Axes, from_data: bool) -> None:
@@ -228,7 +230,7 @@ def operator_name(func: Any) -> str:
     return name if func.namespace == "aten" else f"{func.namespace}.{name}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def rule_for(func: Any) -> Rule | None:
     """The rule of an operator; in-place forms share that of the plain one, pointwise operators share one."""
     name = operator_name(func)
@@ -255,8 +257,8 @@ def open_up(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
 
 def on_meta(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Bring an operator's tensors and devices to the meta device, as soon as one tensor is there."""
-    found = list(tensors_in((args, kwargs)))
-    if not any(tensor.is_meta for tensor in found):
+    found = [tensor.is_meta for tensor in tensors_in((args, kwargs))]
+    if not any(found):
         return args, kwargs
 
     def move(leaf: Any) -> Any:
@@ -264,12 +266,12 @@ def on_meta(args: Any, kwargs: Any) -> tuple[Any, Any]:
             return leaf.to("meta")
         return torch.device("meta") if isinstance(leaf, torch.device) else leaf
 
-    if all(tensor.is_meta for tensor in found) and not any(isinstance(a, torch.device) for a in (*args, *kwargs.values())):
+    if all(found) and not any(isinstance(leaf, torch.device) for leaf in (*args, *kwargs.values())):
         return args, kwargs
     return pytree.tree_map(move, args), pytree.tree_map(move, kwargs)
 
 
 def scalars_of(func: Any, args: Any, kwargs: Any) -> tuple[float, ...]:
-    """Numbers that enter an operator's arithmetic. Whole numbers count for pointwise operators only, else they are sizes."""
+    """Numbers that enter an operator's arithmetic; whole ones only for pointwise operators, else they are sizes."""
     kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
     return tuple(float(a) for a in (*args, *kwargs.values()) if isinstance(a, kinds) and not isinstance(a, bool))

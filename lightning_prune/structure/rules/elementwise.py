@@ -150,7 +150,9 @@ def masked_fill(call: Call) -> list[Axes]:
     value = call.arg(2, "value")
     (found,) = pointwise(call)
     if isinstance(value, (int, float)) and value == 0:
-        return [tuple(new and Axis(new.labels, bool(old and old.vanishes)) for new, old in zip(found, target, strict=True))]
+        return [
+            tuple(new and Axis(new.labels, bool(old and old.vanishes)) for new, old in zip(found, target, strict=True))
+        ]
     return [found]
 
 

@@ -29,7 +29,9 @@ def reshape(call: Call) -> list[Axes]:
         return [(None,) * out.dim()]
     result: list[Axis | None] = []
     for before, after in _blocks(source.shape, out.shape):
-        result += _regroup(call, [axes[i] for i in before], [source.shape[i] for i in before], [out.shape[i] for i in after])
+        result += _regroup(
+            call, [axes[i] for i in before], [source.shape[i] for i in before], [out.shape[i] for i in after]
+        )
     return [tuple(result)]
 
 
@@ -74,15 +76,15 @@ def _regroup(call: Call, axes: list[Axis | None], sizes: list[int], out: list[in
     for k in wide:
         if k != keep:
             call.pin(axes[k], "are merged with another dim that may shrink")
-    labels, vanishes = spread(axes[keep], sizes[keep]), bool(axes[keep] and axes[keep].vanishes)
+    kept = axes[keep] or Axis(fixed(sizes[keep]), vanishes=True)
     shape = [1] * len(sizes)
     shape[keep] = sizes[keep]
-    flat = np.broadcast_to(labels.reshape(shape), sizes).reshape(-1)
-    return _cut(call, flat, vanishes, out)
+    flat = np.broadcast_to(kept.labels.reshape(shape), sizes).reshape(-1)
+    return _cut(call, flat, kept.vanishes, out)
 
 
 def _cut(call: Call, flat: Ints, vanishes: bool, out: list[int]) -> list[Axis | None]:
-    """Along which of the new dims do labels change? The widest of these may shrink; along the others they are united."""
+    """Along which of the new dims do labels change? The widest of these may shrink; along the others they unite."""
     table = flat.reshape(out)
     varying = [k for k, size in enumerate(out) if size > 1 and np.any(table != table.take([0], k))]
     if not varying:
@@ -238,7 +240,7 @@ def cut_out(call: Call) -> list[Axes]:
 
 
 def _hold_ends(call: Call, labels: Ints, start: int | None, stop: int | None) -> None:
-    """Ends counted from the front need everything before them in place, ends counted from the back everything behind."""
+    """An end counted from the front needs all before it in place, one counted from the back all behind it."""
     why = f"Its channels are counted off by a slice {call.where}."
     for end in (start, stop):
         if end is not None and 0 < end < labels.size:

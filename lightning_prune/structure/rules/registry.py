@@ -59,7 +59,8 @@ def couple(call: Call, labels: Ints, rows: int) -> Ints:
     table = labels.reshape(rows, -1)
     if rows > 1:
         call.labels.unite(table[:1], table[1:])
-    return table[0]
+    first: Ints = table[0]
+    return first
 
 
 def fixed(size: int) -> Ints:
