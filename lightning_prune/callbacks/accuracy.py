@@ -1,0 +1,136 @@
+"""One validation pass in the middle of a fit that leaves no trace in it.
+
+Lightning's own loop does the work (``fit_loop.epoch_loop.val_loop``), so the number is the one that the user's
+``validation_step`` logs. What that loop moves on its way (stage, metrics seen by other callbacks, progress counters,
+restart flags, clock, random number generators) is put back afterwards: a run with the pass and a run without it train
+the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_prune.callbacks.neighbours import is_keeper
+from lightning_prune.errors import ConfigurationError
+
+_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_current_fx", "_first_loop_iter")
+_LOOP = (
+    "batch_progress",
+    "_has_run",
+    "_logged_outputs",
+    "_seen_batches_per_dataloader",
+    "_restarting",
+    "_loaded_from_state_dict",
+    "_resuming_from_checkpoint",
+    "_restart_stage",
+)
+_CLOCK = ("_last_val_time",)
+
+
+class AccuracyColumns:
+    """One metric at the moments that matter: "dense", "before", "after" and "finetuned".
+
+    Args:
+        monitor: name of a metric that ``validation_step`` logs; ``None`` keeps the columns empty.
+    """
+
+    def __init__(self, monitor: str | None) -> None:
+        self.monitor = monitor
+        self.values: dict[str, float] = {}
+        self._is_looking = False
+
+    def complete(self) -> dict[str, float | None]:
+        """All four columns; ``None`` where a value isn't known yet."""
+        return {column: self.values.get(column) for column in ("dense", "before", "after", "finetuned")}
+
+    def note(self, trainer: Trainer, column: str) -> bool:
+        """Take over what the validation that has just ended says, unless it is a sanity check or our own pass.
+
+        Returns:
+            Whether the column has been filled.
+        """
+        if self.monitor is None or self._is_looking or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return False
+        self.values[column] = self._known(trainer, read_metric(trainer, self.monitor))
+        return True
+
+    def look(self, trainer: Trainer, column: str) -> None:
+        """Fill a column by a :func:`validation_pass`. Every rank has to call it.
+
+        Raises:
+            ConfigurationError: validation doesn't log the metric.
+        """
+        if self.monitor is None or not trainer.enable_validation:
+            return
+        self._is_looking = True
+        try:
+            self.values[column] = self._known(trainer, validation_pass(trainer, self.monitor))
+        finally:
+            self._is_looking = False
+
+    def _known(self, trainer: Trainer, value: float | None) -> float:
+        if value is None:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise ConfigurationError(f"monitor={self.monitor!r} isn't logged in validation; logged are: {logged}.")
+        return value
+
+
+def read_metric(trainer: Trainer, monitor: str) -> float | None:
+    """Latest value of a logged metric, ``None`` where nothing of that name has been logged."""
+    value = trainer.callback_metrics.get(monitor)
+    return None if value is None else float(value)
+
+
+def validation_pass(trainer: Trainer, monitor: str) -> float | None:
+    """Runs the whole validation set once and says what ``monitor`` is; the fit goes on as if nothing had happened.
+
+    Checkpoint and early-stopping callbacks don't see the pass; loggers do. All ranks have to call it together.
+
+    Args:
+        trainer: in the middle of ``fit``, between two batches.
+        monitor: name of a metric that ``validation_step`` logs.
+
+    Returns:
+        The metric, or ``None`` where there is no validation or it doesn't log that name.
+    """
+    if not trainer.enable_validation:
+        return None
+    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    with isolate_rng(), _put_back(connector, _METRICS), _put_back(loop, _LOOP), _put_back(trainer, _CLOCK):
+        connector._callback_metrics.pop(monitor, None)
+        with _validating(trainer):
+            # A resumed loop would skip the batches that it believes to have seen.
+            loop.restarting = False
+            loop.run()
+            return read_metric(trainer, monitor)
+
+
+@contextmanager
+def _validating(trainer: Trainer) -> Iterator[None]:
+    stage, callbacks = trainer.state.stage, trainer.callbacks
+    trainer.callbacks = [cb for cb in callbacks if not is_keeper(cb)]
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.state.stage, trainer.callbacks = stage, callbacks
+
+
+@contextmanager
+def _put_back(owner: object, names: tuple[str, ...]) -> Iterator[None]:
+    """Lends copies of the named fields for a while; the originals return afterwards, missing ones go missing again."""
+    fields = vars(owner)
+    originals = {name: fields[name] for name in names if name in fields}
+    fields.update(copy.deepcopy(originals))
+    try:
+        yield
+    finally:
+        for name in names:
+            fields.pop(name, None)
+        fields.update(originals)

@@ -1,0 +1,212 @@
+"""The plan travels in the checkpoint, so that a slim checkpoint loads into a fresh dense module.
+
+Lightning loads weights before any callback hears of the checkpoint. The LightningModule's own ``on_load_checkpoint``
+comes early enough: the callback wraps it on the instance (and ``on_save_checkpoint``, which weights-only checkpoints
+call as well). Without a Trainer, :func:`load_from_checkpoint` or :class:`SlimCheckpointMixin` do the same.
+
+A slim module remembers the plans it has been through, in order, each with the name of the pruned submodule. A
+checkpoint holds the same list as plain strings under ``"lightning_prune"``, readable with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_prune.callbacks.neighbours import average_models
+from lightning_prune.errors import PlanError
+from lightning_prune.structure import PruningPlan, prune_
+
+KEY = "lightning_prune"
+VERSION = 1
+_MEMORY = "_pruning_history"
+_HOOKS = ("on_load_checkpoint", "on_save_checkpoint")
+
+Module = TypeVar("Module", bound=LightningModule)
+
+
+class AppliedPlan(NamedTuple):
+    """A plan and the submodule it was applied to (``""``: the LightningModule itself)."""
+
+    module: str
+    plan: PruningPlan
+
+
+def history(pl_module: LightningModule) -> tuple[AppliedPlan, ...]:
+    """The plans that made this module as slim as it is, oldest first."""
+    return tuple(vars(pl_module).get(_MEMORY, ()))
+
+
+def remember_(pl_module: LightningModule, module: str, plan: PruningPlan) -> None:
+    """Note that ``plan`` has been applied to the submodule ``module``; later checkpoints will say so."""
+    vars(pl_module)[_MEMORY] = (*history(pl_module), AppliedPlan(module, plan))
+
+
+def attach_(pl_module: LightningModule) -> None:
+    """Wrap the module's checkpoint hooks so that plans are saved and loaded; twice is the same as once."""
+    for name, wrapper in zip(_HOOKS, (_load_hook, _save_hook), strict=True):
+        if not _is_ours(vars(pl_module).get(name)):
+            setattr(pl_module, name, partial(wrapper, pl_module, getattr(pl_module, name)))
+
+
+def detach_(pl_module: LightningModule) -> None:
+    """Unwrap the checkpoint hooks, except on a slim module: its checkpoints need the plan as long as it lives."""
+    if history(pl_module):
+        return
+    for name in _HOOKS:
+        hook = vars(pl_module).get(name)
+        if _is_ours(hook):
+            inner = hook.args[1]
+            delattr(pl_module, name)
+            if getattr(inner, "__func__", None) is not getattr(type(pl_module), name):
+                setattr(pl_module, name, inner)
+
+
+def adapt_(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Give the module, and its weight averages, the shapes that a checkpoint's weights have.
+
+    Raises:
+        PlanError: checkpoint and module went through different surgeries, or the checkpoint's record is damaged; the
+            module is as it was.
+    """
+    recorded, applied = _recorded(checkpoint), history(pl_module)
+    if not recorded and not applied:
+        return
+    if _first_misfit(pl_module, checkpoint) is not None:
+        missing = recorded[len(applied) :] if recorded[: len(applied)] == applied else ()
+        misfit = _first_misfit(pl_module, checkpoint, missing)
+        if misfit is not None:
+            raise PlanError(_misfit_message(misfit, "slim" if recorded else "dense"))
+        for entry in missing:
+            _apply_(pl_module, entry)
+    if recorded:
+        vars(pl_module)[_MEMORY] = recorded
+
+
+def load_from_checkpoint(cls: type[Module], path: str | Path, **arguments: Any) -> Module:
+    """``cls.load_from_checkpoint`` for checkpoints from before and after surgery.
+
+    Args:
+        cls: the LightningModule's class.
+        path: the checkpoint.
+        **arguments: as for ``LightningModule.load_from_checkpoint``.
+
+    Returns:
+        The module, slim if the checkpoint is.
+
+    Raises:
+        PlanError: the checkpoint's plan doesn't fit what ``cls`` builds.
+    """
+    own = vars(cls).get(_HOOKS[0])
+    inherited = cls.on_load_checkpoint
+
+    def on_load_checkpoint(self: Module, checkpoint: dict[str, Any]) -> None:
+        adapt_(self, checkpoint)
+        inherited(self, checkpoint)
+
+    setattr(cls, _HOOKS[0], on_load_checkpoint)
+    try:
+        module: Module = cls.load_from_checkpoint(path, **arguments)
+    finally:
+        delattr(cls, _HOOKS[0])
+        if own is not None:
+            setattr(cls, _HOOKS[0], own)
+    attach_(module)
+    return module
+
+
+class SlimCheckpointMixin(LightningModule):
+    """Makes ``Model.load_from_checkpoint`` read slim checkpoints.
+
+    Write ``class Model(SlimCheckpointMixin, LightningModule)``. A class that overrides ``on_load_checkpoint`` or
+    ``on_save_checkpoint`` itself has to call ``super()``.
+    """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the shapes that the checkpoint's weights have."""
+        adapt_(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the plans that this module has been through."""
+        _record_(self, checkpoint)
+        super().on_save_checkpoint(checkpoint)
+
+
+def _load_hook(pl_module: LightningModule, inner: Callable[..., None], checkpoint: dict[str, Any]) -> None:
+    adapt_(pl_module, checkpoint)
+    inner(checkpoint)
+
+
+def _save_hook(pl_module: LightningModule, inner: Callable[..., None], checkpoint: dict[str, Any]) -> None:
+    _record_(pl_module, checkpoint)
+    inner(checkpoint)
+
+
+def _is_ours(hook: Any) -> bool:
+    # Partials of module-level functions: they can be copied with the module (EMA, SWA) and pickled.
+    return isinstance(hook, partial) and hook.func in (_load_hook, _save_hook)
+
+
+def _record_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    plans = [{"module": entry.module, "plan": entry.plan.to_json()} for entry in history(pl_module)]
+    if plans:
+        checkpoint[KEY] = {"version": VERSION, "plans": plans}
+
+
+def _recorded(checkpoint: Mapping[str, Any]) -> tuple[AppliedPlan, ...]:
+    record = checkpoint.get(KEY)
+    if record is None:
+        return ()
+    if not isinstance(record, Mapping) or record.get("version") != VERSION:
+        raise PlanError(f"The checkpoint's {KEY!r} entry is not of version {VERSION}, which this library reads.")
+    try:
+        pairs = [(entry["module"], entry["plan"]) for entry in record["plans"]]
+        return tuple(AppliedPlan(str(module), PruningPlan.from_json(plan)) for module, plan in pairs)
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"The checkpoint's {KEY!r} entry is damaged: {error!r}.") from error
+
+
+def _apply_(pl_module: LightningModule, entry: AppliedPlan) -> None:
+    trainer = pl_module._trainer
+    averages = () if trainer is None else tuple(average_models(trainer))
+    for module in (pl_module, *averages):
+        prune_(module.get_submodule(entry.module), entry.plan)
+
+
+class _Misfit(NamedTuple):
+    name: str
+    stored: tuple[int, ...]
+    own: tuple[int, ...]
+
+
+def _first_misfit(
+    pl_module: LightningModule, checkpoint: Mapping[str, Any], plans: tuple[AppliedPlan, ...] = ()
+) -> _Misfit | None:
+    """The first weight whose shape in the checkpoint isn't what the module's will be after ``plans``."""
+    stored = checkpoint.get("state_dict", {})
+    tensors = {name: value for name, value in pl_module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    # By identity, for a tied weight has several names and the plan uses one of them.
+    shapes = {id(tensor): list(tensor.shape) for tensor in tensors.values()}
+    for entry in plans:
+        for (name, dim), kept in entry.plan.kept.items():
+            tensor = tensors.get(f"{entry.module}.{name}" if entry.module else name)
+            if tensor is not None and dim < tensor.dim():
+                shapes[id(tensor)][dim] = len(kept)
+    for name, tensor in tensors.items():
+        theirs, ours = stored.get(name), shapes[id(tensor)]
+        if isinstance(theirs, Tensor) and list(theirs.shape) != ours:
+            return _Misfit(name, tuple(theirs.shape), tuple(ours))
+    return None
+
+
+def _misfit_message(misfit: _Misfit, kind: str) -> str:
+    return (
+        f"The {kind} checkpoint doesn't fit this module: {misfit.name!r} has shape {misfit.stored} there"
+        f" and {misfit.own} here; load it into a fresh module of the class it was trained with."
+    )

@@ -1,0 +1,118 @@
+"""Surgery on a module in training: what has to happen around ``prune_`` so that the same fit goes on."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_prune.callbacks.checkpointing import remember_
+from lightning_prune.callbacks.neighbours import average_models, forget_dense_scores_
+from lightning_prune.errors import PruningError
+from lightning_prune.structure import PruningPlan, prune_
+
+Result = TypeVar("Result")
+
+
+def operate_(trainer: Trainer, pl_module: LightningModule, module: str, plan: PruningPlan) -> None:
+    """Apply a plan to the module in training, to its optimisers' state and to its weight averages, on every rank.
+
+    Args:
+        trainer: between two batches of a fit.
+        pl_module: the module in training.
+        module: name of the pruned submodule, ``""`` for ``pl_module`` itself.
+        plan: the same on all ranks.
+
+    Raises:
+        PruningError: the plan could not be applied, here or on another rank.
+    """
+    is_wrapped = _unwrap_(trainer, pl_module)
+    run_together(trainer, lambda: _cut_(trainer, pl_module, module, plan))
+    if is_wrapped:
+        _wrap_(trainer)
+    remember_(pl_module, module, plan)
+    forget_dense_scores_(trainer)
+    trainer.strategy.barrier("lightning_prune.surgery")
+
+
+def run_together(trainer: Trainer, work: Callable[[], Result]) -> Result:
+    """Do the same work on every rank; where one of them fails, all of them raise, and nobody is left waiting.
+
+    Raises:
+        PruningError: the work failed on another rank. A failure on this rank is raised as it is.
+    """
+    done: list[Result] = []
+    failure: Exception | None = None
+    try:
+        done.append(work())
+    except Exception as error:
+        failure = error
+    messages = _gather(trainer, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise PruningError(f"Surgery failed on rank {rank}: {message}")
+    return done[0]
+
+
+def on_first_rank(trainer: Trainer, work: Callable[[], Result]) -> Result | None:
+    """Do the work on rank 0 while the others wait; they get ``None``, or its failure."""
+    return run_together(trainer, lambda: work() if trainer.is_global_zero else None)
+
+
+def _gather(trainer: Trainer, message: str | None) -> list[str | None]:
+    if trainer.world_size == 1:
+        return [message]
+    messages: list[str | None] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(messages, message)
+    return messages
+
+
+def _cut_(trainer: Trainer, pl_module: LightningModule, module: str, plan: PruningPlan) -> None:
+    prune_(pl_module.get_submodule(module), plan, trainer.optimizers)
+    for average in average_models(trainer):
+        prune_(average.get_submodule(module), plan)
+
+
+def _unwrap_(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Drop DDP's reducer, whose buckets and gradient hooks know the dense shapes."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
+        return False
+    strategy.model = pl_module
+    gc.collect()
+    return True
+
+
+def _wrap_(trainer: Trainer) -> None:
+    """Wrap anew: buckets of the slim shapes; parameters and buffers of rank 0 go to everybody."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.configure_ddp()
+        strategy._pl_static_graph_delay_done = False
+
+
+def held_parameters(trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    """Names of the trainable parameters that some optimiser holds."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in held]
+
+
+def refuse_orphans(trainer: Trainer, pl_module: LightningModule, held_before: list[str]) -> None:
+    """The last check of every surgery: who was trained before is trained afterwards.
+
+    Raises:
+        PruningError: an optimiser no longer holds a live parameter that was held before.
+    """
+    orphans = set(held_before) - set(held_parameters(trainer, pl_module))
+    if orphans:
+        raise PruningError(
+            f"After surgery no optimiser holds {min(orphans)!r} ({len(orphans)} of {len(held_before)} parameters that"
+            " were trained before); the run stops, for it would leave them as they are."
+        )

@@ -1,0 +1,380 @@
+"""From dense to slim in the middle of a fit."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.callbacks.accuracy import AccuracyColumns
+from lightning_prune.callbacks.base import PruningCallback, Regulariser
+from lightning_prune.callbacks.checkpointing import attach_, detach_
+from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
+from lightning_prune.callbacks.finetune import FinetuneStage, remaining_steps
+from lightning_prune.callbacks.neighbours import StopGuard
+from lightning_prune.callbacks.operation import held_parameters, on_first_rank, operate_, refuse_orphans
+from lightning_prune.errors import ConfigurationError, PlanError
+from lightning_prune.reports.report import PruningReport
+from lightning_prune.reports.tables import surgery_table
+from lightning_prune.structure import PruningPlan
+from lightning_prune.structure.replica import replica
+
+
+class _Decision(NamedTuple):
+    """What goes: group name -> channels, and the same as a plan for one submodule."""
+
+    removal: dict[str, tuple[int, ...]]
+    module: str
+    plan: PruningPlan
+
+    def to_plain(self) -> dict[str, Any]:
+        """The same in values that torch loads with ``weights_only=True``."""
+        removal = {group: list(channels) for group, channels in self.removal.items()}
+        return {"removal": removal, "module": self.module, "plan": self.plan.to_json()}
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> _Decision:
+        """Reads what :meth:`to_plain` wrote."""
+        removal = {group: tuple(channels) for group, channels in values["removal"].items()}
+        return cls(removal, values["module"], PruningPlan.from_json(values["plan"]))
+
+
+class StructuralPruning(PruningCallback):
+    """Removes the channels that the regularisers have shrunk, once all of them are ready; the same fit then finetunes.
+
+    Surgery takes place at the first epoch start after that; where none follows, at the next batch start outside a
+    gradient accumulation window. The plan is decided on rank 0, proved on the latest training batch, and applied on all
+    ranks together with the optimisers' state and the weight averages (EMA, SWA). Checkpoints carry it.
+
+    Args:
+        at_epoch: epoch at whose start surgery takes place, whether the regularisers are ready or not; ``None`` waits
+            until they are.
+        monitor: metric that ``validation_step`` logs, for the report's accuracy columns; costs one validation pass
+            right after surgery, and one at the beginning where the sparse stage begins with the first epoch.
+        module: name of the pruned module inside the LightningModule; ``None`` finds it.
+        finetune: "continue" goes on with optimisers and schedulers, "restart" asks ``configure_optimizers`` again,
+            which then sees a trainer of the remaining length.
+        finetune_optimizer: builds the finetune stage's own optimiser from a list of parameters.
+        finetune_scheduler: builds the finetune stage's own schedule, stepped once per optimiser step and counted from
+            surgery; ``T_max``, ``total_steps`` or ``total_iters`` of -1 stands for all remaining steps.
+        tolerance: largest relative difference between masked and slim network; ``None`` derives it from the dtype.
+        latency_batches: batch sizes at which latency is measured before and after.
+        report_file: name of the report in the run's directory; ``None`` writes none.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or contradicts another or the trainer.
+    """
+
+    def __init__(
+        self,
+        at_epoch: int | None = None,
+        *,
+        monitor: str | None = None,
+        module: str | None = None,
+        finetune: Literal["continue", "restart"] = "continue",
+        finetune_optimizer: OptimizerCallable | None = None,
+        finetune_scheduler: LRSchedulerCallable | None = None,
+        tolerance: float | None = None,
+        latency_batches: Sequence[int] = (1,),
+        report_file: str | None = "prune_report.json",
+    ) -> None:
+        super().__init__(module)
+        if at_epoch is not None and at_epoch < 1:
+            raise ConfigurationError(f"at_epoch={at_epoch} must be at least 1: something has to be trained before.")
+        if tolerance is not None and not tolerance > 0:
+            raise ConfigurationError(f"tolerance={tolerance} must be positive.")
+        if any(size < 1 for size in latency_batches):
+            raise ConfigurationError(f"latency_batches={list(latency_batches)} must be positive batch sizes.")
+        self.at_epoch = at_epoch
+        self.monitor = monitor
+        self.finetune = finetune
+        self.finetune_optimizer = finetune_optimizer
+        self.finetune_scheduler = finetune_scheduler
+        self.tolerance = tolerance
+        self.latency_batches = tuple(latency_batches)
+        self.report_file = report_file
+        self._stage = FinetuneStage(finetune, finetune_optimizer, finetune_scheduler)
+        self._guard = StopGuard()
+        self._partners: list[Regulariser] = []
+        self._fit: tuple[Any, Any] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Everything that belongs to one training, at its beginning."""
+        self._done = False
+        self._decision: _Decision | None = None
+        self._remaining = -1
+        self._is_late = False
+        self._dense: nn.Module | None = None
+        self._columns = AccuracyColumns(self.monitor)
+        self._report: PruningReport | None = None
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """What went; ``None`` before surgery."""
+        return self._decision.plan if self._done and self._decision is not None else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether surgery is over and proved."""
+        return self._done and self._dense is None
+
+    @property
+    def report(self) -> PruningReport | None:
+        """What surgery did, with the accuracy known so far; ``None`` before surgery and on other ranks than 0."""
+        return self._report
+
+    # Before the first step.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the plan travel in checkpoints; refuse what can't work; begin anew with another trainer or module."""
+        super().setup(trainer, pl_module, stage)
+        attach_(pl_module)
+        if stage != "fit":
+            return
+        fit = (weakref.ref(trainer), weakref.ref(pl_module))
+        if self._fit is not None and self._fit != fit:
+            self._forget()
+        self._fit = fit
+        self._partners = [callback for callback in trainer.callbacks if isinstance(callback, Regulariser)]
+        if not self._partners:
+            raise ConfigurationError(
+                "StructuralPruning found no regulariser among the trainer's callbacks; add one, such as GReg1."
+            )
+        if sum(isinstance(callback, StructuralPruning) for callback in trainer.callbacks) > 1:
+            raise ConfigurationError("A trainer takes one StructuralPruning; it serves all of the regularisers.")
+        if not trainer.fast_dev_run:
+            self._refuse_bad_times(trainer)
+
+    def _refuse_bad_times(self, trainer: Trainer) -> None:
+        starts = max(partner.start for partner in self._partners)
+        if self.at_epoch is not None and self.at_epoch <= starts:
+            raise ConfigurationError(
+                f"at_epoch={self.at_epoch} must lie after epoch {starts}, in which the last sparse stage begins."
+            )
+        ends = [partner.start + partner.epochs for partner in self._partners if partner.epochs is not None]
+        surgery = self.at_epoch if self.at_epoch is not None else max(ends, default=0)
+        last = trainer.max_epochs
+        if last is not None and last != -1 and surgery >= last:
+            raise ConfigurationError(
+                f"Surgery falls on the start of epoch {surgery}, but the run has epochs 0 to {last - 1} only;"
+                " raise the trainer's max_epochs."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a resume behind surgery, build the finetune stage's optimiser before its state loads."""
+        super().on_fit_start(trainer, pl_module)
+        self._stage.check(trainer)
+        if not self._done:
+            self._guard.raise_(trainer)
+            return
+        self._begin_stage(trainer, pl_module, held_parameters(trainer, pl_module))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out the dense accuracy, where no validation will come before the sparse stage."""
+        super().on_train_start(trainer, pl_module)
+        begins_now = min(partner.start for partner in self._partners) <= trainer.current_epoch
+        if begins_now and self._is_dense() and not self._columns.values:
+            self._columns.look(trainer, "dense")
+
+    # The right moment.
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Surgery, if it is due."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._is_due(trainer):
+            self._operate(trainer, pl_module, batches_done=0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Surgery, if it is due and no epoch start follows, or the last one was no occasion."""
+        # Before super's: the base begins to watch this batch, and it should watch the slim network.
+        between_windows = batch_idx % trainer.accumulate_grad_batches == 0
+        if between_windows and self._is_due(trainer):
+            # A resumed run may begin with the first batch, without its epoch's start.
+            if batch_idx == 0 or self._is_late or not _another_epoch_starts(trainer, batch_idx):
+                self._operate(trainer, pl_module, batches_done=batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if self._done:
+            return False
+        if self.at_epoch is not None:
+            return trainer.current_epoch >= self.at_epoch
+        return all(partner.ready for partner in self._partners)
+
+    # Surgery.
+
+    def _operate(self, trainer: Trainer, pl_module: LightningModule, batches_done: int) -> None:
+        decision = self._decide_together(trainer)
+        if decision is None:
+            self._is_late = True
+            return
+        network = pl_module.get_submodule(decision.module)
+        inputs, seen = self.capture.inputs, None
+        if inputs is None:
+            # Resumed between the last batch and surgery: the proof waits for the first batch of this process.
+            self._dense = replica(network)
+        else:
+            seen = self._examine(trainer, network, decision.plan, inputs)
+        held = held_parameters(trainer, pl_module)
+        operate_(trainer, pl_module, decision.module, decision.plan)
+        self._decision, self._done = decision, True
+        self._remaining = remaining_steps(trainer, batches_done)
+        self._begin_stage(trainer, pl_module, held)
+        self._guard.lift_()
+        for partner in self._partners:
+            partner.release()
+        self._columns.look(trainer, "after")
+        if inputs is not None and seen is not None:
+            self._conclude(trainer, pl_module, inputs, seen)
+
+    def _decide_together(self, trainer: Trainer) -> _Decision | None:
+        found = on_first_rank(trainer, self._decide)
+        received = trainer.strategy.broadcast(None if found is None else found.to_plain())
+        return None if received is None else _Decision.from_plain(received)
+
+    def _decide(self) -> _Decision | None:
+        """The regularisers' choices as one plan; ``None`` where this process can't translate them yet."""
+        removal: dict[str, tuple[int, ...]] = {}
+        for partner in self._partners:
+            for group, channels in partner.removal().items():
+                if group in removal:
+                    raise ConfigurationError(f"Two regularisers have picked channels of {group!r}; let one ignore it.")
+                removal[group] = tuple(channels)
+        graph, name = self.capture.graph, self.capture.name
+        if graph is not None and name is not None:
+            return _Decision(removal, name, graph.plan(removal))
+        loaded = self._decision
+        return loaded if loaded is not None and loaded.removal == removal else None
+
+    def _begin_stage(self, trainer: Trainer, pl_module: LightningModule, held: list[str]) -> None:
+        parameters = dict(pl_module.named_parameters())
+        self._stage.begin_(trainer, [parameters[name] for name in held], self._remaining)
+        refuse_orphans(trainer, pl_module, held)
+
+    # What is found out.
+
+    def _examine(self, trainer: Trainer, network: nn.Module, plan: PruningPlan, inputs: Inputs) -> Examination:
+        return examine(trainer, network, plan, inputs, self.tolerance, self.latency_batches)
+
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs, seen: Examination) -> None:
+        """Report, now that the network is slim."""
+        if self._decision is None:
+            return
+        network, plan = pl_module.get_submodule(self._decision.module), self._decision.plan
+        self._report = conclude(trainer, network, plan, inputs, seen, self._columns, self.latency_batches)
+        self._publish(trainer, is_first=True)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The proof that a resumed run still owes."""
+        super().on_before_backward(trainer, pl_module, loss)
+        self._catch_up(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """The same where manual optimisation has bypassed ``on_before_backward``."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._catch_up(trainer, pl_module)
+
+    def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        inputs, plan, dense = self.capture.inputs, self.plan, self._dense
+        if dense is None or inputs is None or plan is None:
+            return
+        self._dense = None
+        self._conclude(trainer, pl_module, inputs, self._examine(trainer, dense, plan, inputs))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill the accuracy column that this validation belongs to."""
+        super().on_validation_end(trainer, pl_module)
+        column = "finetuned" if self._done else "dense" if self._is_dense() else "before"
+        if self._columns.note(trainer, column):
+            self._publish(trainer)
+
+    def _is_dense(self) -> bool:
+        return all(partner.phase == "wait" for partner in self._partners)
+
+    def _publish(self, trainer: Trainer, is_first: bool = False) -> None:
+        """Write the report with the columns known so far; print it once."""
+        folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        if self._report is None or not trainer.is_global_zero:
+            return
+        self._report = replace(self._report, accuracy=self._columns.complete())
+        if self.report_file is not None:
+            self._report.write(Path(folder) / self.report_file)
+        if is_first:
+            Console().print(surgery_table(self._report))
+
+    # The end.
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if nothing has been pruned."""
+        super().on_train_end(trainer, pl_module)
+        if not self._done and not trainer.fast_dev_run:
+            phases = ", ".join(f"{type(partner).__name__}: {partner.phase}" for partner in self._partners)
+            rank_zero_warn(f"The run has ended before the surgery ({phases}); the model is still dense.")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind except, on a slim module, the plan in its checkpoints."""
+        super().teardown(trainer, pl_module, stage)
+        self._let_go(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same after an error."""
+        super().on_exception(trainer, pl_module, exception)
+        self._let_go(pl_module)
+
+    def _let_go(self, pl_module: LightningModule) -> None:
+        self._guard.lift_()
+        self._partners = []
+        self._dense = None
+        detach_(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The decision, as soon as it is known: a resume between it and surgery can't ask the graph for it."""
+        return {
+            **super().state_dict(),
+            "done": self._done,
+            "remaining": self._remaining,
+            "decision": self._saved_decision(),
+            "accuracy": dict(self._columns.values),
+            "report": None if self._report is None else self._report.to_json(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a checkpoint's decision and findings."""
+        super().load_state_dict(state_dict)
+        self._done, self._remaining = bool(state_dict["done"]), int(state_dict["remaining"])
+        saved = state_dict["decision"]
+        self._decision = None if saved is None else _Decision.from_plain(saved)
+        self._columns.values = dict(state_dict["accuracy"])
+        report = state_dict["report"]
+        self._report = None if report is None else PruningReport.from_json(report)
+
+    def _saved_decision(self) -> dict[str, Any] | None:
+        decision = self._decision
+        if not self._done and self._partners:
+            try:
+                decision = self._decide()
+            except (PlanError, ConfigurationError):  # a regulariser hasn't picked yet
+                decision = None
+        return None if decision is None else decision.to_plain()
+
+
+def _another_epoch_starts(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether another epoch follows the one whose batch ``batch_idx`` is about to begin, as far as limits can tell."""
+    if trainer.max_epochs is not None and trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs:
+        return False
+    batches = trainer.num_training_batches
+    if batches == math.inf:
+        return False
+    steps = math.ceil((batches - batch_idx) / trainer.accumulate_grad_batches)
+    return trainer.max_steps == -1 or trainer.global_step + steps < trainer.max_steps
