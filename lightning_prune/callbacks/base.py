@@ -607,7 +607,11 @@ class Regulariser(PruningCallback):
             raise ConfigurationError(f"{type(self).__name__}: {what} don't fit into max_steps={trainer.max_steps}.")
 
     def _log(self, pl_module: LightningModule) -> None:
-        values = {"phase": float(PHASES.index(self._phase)), "strength": self._strength, "energy": self.energy()}
+        values: dict[str, float | Tensor] = {
+            "phase": float(PHASES.index(self._phase)),
+            "strength": self._strength,
+            "energy": self.energy(),
+        }
         for key, value in values.items():
             pl_module.log(f"{self._label}/{key}", value, prog_bar=True)
 
