@@ -201,7 +201,10 @@ def _graph(model: nn.Module, watcher: Watcher, solution: Solution) -> ChannelGra
 
 
 def _groups(watcher: Watcher, solution: Solution) -> list[ChannelGroup]:
-    """Classes of labels that run along the same dims equally often are the channels of one group."""
+    """Classes of labels that run along the same dims equally often are the channels of one group.
+
+    A class that is the only one of its kind can't go; it joins those with a reason.
+    """
     labels = watcher.labels
     ids = np.repeat(np.arange(len(labels.dims)), np.diff(labels.starts))
     used = np.array([name in watcher.used for name, _ in labels.dims], dtype=bool)
@@ -219,6 +222,11 @@ def _groups(watcher: Watcher, solution: Solution) -> list[ChannelGroup]:
     groups: list[ChannelGroup] = []
     for number in np.argsort(first):
         which = np.flatnonzero(kind == number)
+        if which.size == 1:
+            solution.reasons[int(classes[which[0]])] = (
+                "All of its channels hang together, so that none can go by itself."
+            )
+            continue
         table = atoms[starts[which][:, None] + np.arange(counts[which[0]])]
         groups.append(_group(watcher, table, ids, bool(renormalised.intersection(classes[which].tolist()))))
     return groups
@@ -256,14 +264,14 @@ def _named_apart(groups: list[ChannelGroup]) -> list[ChannelGroup]:
         seen[group.name] = seen.get(group.name, 0) + 1
         if seen[group.name] > 1:
             object.__setattr__(group, "name", f"{group.name}#{seen[group.name]}")
-    return [group for group in groups if group.size > 1]
+    return groups
 
 
 def _pinned(watcher: Watcher, solution: Solution) -> dict[str, str]:
     """Layers some of whose output channels can't go."""
     pinned: dict[str, str] = {}
     for number, (name, _) in enumerate(watcher.labels.dims):
-        if "outputs" in watcher.roles.get(number, ()):
+        if watcher.roles.get(number, set()) & {"outputs", "through"}:
             roots = solution.root[watcher.labels.starts[number] : watcher.labels.starts[number + 1]]
             held = [root for root in roots.tolist() if root in solution.reasons]
             if held:

@@ -99,7 +99,7 @@ def prove(
         PlanError: where the plan does not fit the model.
 
     >>> from lightning_prune.structure import choose, trace
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     >>> proof = prove(net, choose(trace(net, torch.zeros(1, 4)), ratio=0.5), torch.randn(3, 4))
     >>> proof.error <= proof.tolerance, proof.outputs
     (True, 6)

@@ -165,7 +165,8 @@ class Watcher(TorchDispatchMode):
         before = [self.axes(tensor) for tensor in call.inputs]
         from_data = any(self._known[id(tensor)].from_data for tensor in call.inputs)
         if from_data and not outputs and self._after_branch is None:
-            self._after_branch = [known.axes for known in self._known.values() if known.from_data and known.reference()]
+            live = (known for known in self._known.values() if known.reference() is not None)
+            self._after_branch = [known.axes for known in live if known.from_data]
         axes = (rule or unknown)(call)
         written = axes if isinstance(axes, list) else [axes] * len(outputs)
         for tensor, new in zip(outputs, written, strict=True):

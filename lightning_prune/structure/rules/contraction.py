@@ -55,6 +55,8 @@ def convolution(call: Call) -> list[Axes]:
 
 
 def _depthwise(call: Call, channels: Axis | None, rows: Axis | None, columns: Axis | None) -> Axis | None:
+    if rows is not None:
+        call.role(rows.labels, "through")
     call.pin(columns, "are the only one of their kind")
     if channels is None or rows is None:
         call.pin(channels, FIXED_PARTNER)
@@ -86,6 +88,8 @@ def transposed(call: Call) -> list[Axes]:
         call.pin(axis, "are a dim that a kernel slides over")
     if groups == source.shape[-space - 1] and groups > 1:
         call.pin(columns, "are counted from the number of groups")
+        if rows is not None:
+            call.role(rows.labels, "through")
         rows = together(call, [channels, rows], True, FIXED_PARTNER)
         out = rows and Axis(np.repeat(rows.labels, weight.shape[1]), rows.vanishes)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -27,11 +28,18 @@ def _affine(call: Call, axis: Axis | None, scale: Tensor | None, shift: Tensor |
     return together(call, members, zero, FIXED_PARTNER)
 
 
+def _averaged(call: Call, axes: Sequence[Axis | None]) -> None:
+    """Dims over which statistics are taken keep their positions."""
+    call.pin(tuple(axes), "are averaged over by a norm")
+
+
 @rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
 def batch_norm(call: Call) -> list[Axes]:
     """Statistics per channel; running ones leave with their channel."""
     source, scale, shift = (call.arg(i, name) for i, name in enumerate(("input", "weight", "bias")))
     axes = list(call.axes(source))
+    if call.arg(5, "training") or call.arg(3, "running_mean") is None:
+        _averaged(call, (axes[0], *axes[2:]))
     for statistic in (call.arg(3, "running_mean"), call.arg(4, "running_var")):
         if statistic is not None:
             zero = bool(axes[1] and axes[1].vanishes)
@@ -43,7 +51,9 @@ def batch_norm(call: Call) -> list[Axes]:
 @rule("instance_norm")
 def instance_norm(call: Call) -> list[Axes]:
     """Statistics per sample and channel."""
-    call.watcher.note_size("num_features", call.axes(call.arg(0, "input"))[1])
+    axes = call.axes(call.arg(0, "input"))
+    call.watcher.note_size("num_features", axes[1])
+    _averaged(call, axes[2:])
     return batch_norm(call)
 
 
@@ -54,6 +64,7 @@ def group_norm(call: Call) -> list[Axes]:
     scale, shift = call.arg(2, "weight"), call.arg(3, "bias")
     axes = list(call.axes(source))
     channels = axes[1]
+    _averaged(call, axes[2:])
     if channels is not None and groups == channels.labels.size:
         call.watcher.note_size("num_groups", channels)
         call.watcher.note_size("num_channels", channels)
