@@ -1,0 +1,139 @@
+"""What pruning did to a network, as data."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.reports.cost import Cost
+from lightning_prune.reports.latency import Latency
+
+FORMAT = 1
+STAGES = ("dense", "before", "after", "finetuned")
+UNITS = {
+    "accuracy": "the monitored metric: dense, just before surgery, right after surgery, finetuned",
+    "error": "largest difference between masked and slim network, relative to the largest output",
+    "layers": "name, channels before, channels after",
+    "latency": "milliseconds per batch: median and interquartile range",
+    "macs": "multiply-adds per sample, counted by fvcore",
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers of a report depend on.
+
+    >>> sorted(versions())
+    ['fvcore', 'lightning', 'lightning-prune', 'torch']
+    """
+    return {name: _version(name) for name in ("fvcore", "lightning", "lightning-prune", "torch")}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What one surgery did.
+
+    Args:
+        layers: name, channels before and channels after, of every layer that lost any.
+        cost_before: of the dense network.
+        cost_after: of the slim network.
+        latency_before: of the dense network, one per batch size.
+        latency_after: of the slim network, at the same batch sizes.
+        monitor: name of the metric in ``accuracy``; ``None`` where none was asked for.
+        accuracy: the metric of the dense network (``"dense"``: before the sparse stage, ``"before"``: just before
+            surgery) and of the slim one (``"after"``: right after surgery, ``"finetuned"``); ``None`` where unknown.
+        error: largest difference between masked and slim network on a training batch, relative to the largest output.
+        tolerance: what was allowed for ``error``.
+        renormalised: layers behind which a norm now runs over fewer channels than the masked network's did.
+        warnings: one sentence each.
+        versions: package name -> version.
+
+    Raises:
+        ConfigurationError: ``accuracy`` knows another stage, or the latencies were taken at different batch sizes.
+
+    >>> cost = Cost(macs=800, parameters=100), Cost(macs=200, parameters=30)
+    >>> report = PruningReport([("conv1", 16, 8)], *cost, accuracy={"dense": 0.98}, versions={})
+    >>> PruningReport.from_json(report.to_json()) == report
+    True
+    """
+
+    layers: Sequence[tuple[str, int, int]]
+    cost_before: Cost
+    cost_after: Cost
+    latency_before: Sequence[Latency] = ()
+    latency_after: Sequence[Latency] = ()
+    monitor: str | None = None
+    accuracy: Mapping[str, float | None] = field(default_factory=dict)
+    error: float = 0.0
+    tolerance: float = 0.0
+    renormalised: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.accuracy) - set(STAGES))
+        if unknown:
+            raise ConfigurationError(f"accuracy knows {', '.join(STAGES)}, not {unknown[0]!r}.")
+        batches = [[latency.batch for latency in taken] for taken in (self.latency_before, self.latency_after)]
+        if batches[0] != batches[1]:
+            raise ConfigurationError(f"Latency was taken at batches {batches[0]} before and {batches[1]} after.")
+        # Lists and tuples would not compare equal after a round trip through JSON.
+        for name in ("latency_before", "latency_after", "renormalised", "warnings"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "layers", tuple((name, int(old), int(new)) for name, old, new in self.layers))
+        object.__setattr__(self, "accuracy", {stage: _finite(self.accuracy.get(stage)) for stage in STAGES})
+
+    def to_json(self) -> str:
+        """Sorted, indented, with a format number and the units."""
+        values = {"format": FORMAT, "units": UNITS, **asdict(self)}
+        return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningReport:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            ConfigurationError: another format.
+        """
+        values: dict[str, Any] = json.loads(text)
+        found = values.pop("format", None)
+        if found != FORMAT:
+            raise ConfigurationError(f"This is a pruning report of format {found}; only {FORMAT} can be read.")
+        del values["units"]
+        for name in ("cost_before", "cost_after"):
+            values[name] = Cost(**{**values[name], "uncounted": tuple(values[name]["uncounted"])})
+        for name in ("latency_before", "latency_after"):
+            values[name] = [Latency(**latency) for latency in values[name]]
+        return cls(**values)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON; a reader sees the old file or the new one, never a part."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)

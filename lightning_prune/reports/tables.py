@@ -1,0 +1,86 @@
+"""Reports as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from lightning_prune.reports.latency import Latency
+from lightning_prune.reports.report import PruningReport
+
+_NAMED_OPERATORS = 6
+
+
+def surgery_table(report: PruningReport) -> Table:
+    """One table: channels per layer, MACs, parameters, latency and accuracy, before and after surgery.
+
+    >>> from rich.console import Console
+    >>> from lightning_prune.reports.cost import Cost
+    >>> report = PruningReport([("conv1", 16, 8)], Cost(1_264_000, 900), Cost(632_000, 500), versions={})
+    >>> Console(width=70, color_system=None).print(surgery_table(report).columns[1]._cells)
+    ['16', '1.264 M', '900']
+    """
+    table = Table(title="From dense to slim", caption=_caption(report), caption_justify="left", title_justify="left")
+    for header in ("", "before", "after", "change"):
+        table.add_column(header, justify="right" if header else "left", no_wrap=True)
+    for name, old, new in report.layers:
+        table.add_row(f"channels of {name}", str(old), str(new), _percent(old, new))
+    table.add_section()
+    before, after = report.cost_before, report.cost_after
+    table.add_row("MACs per sample", _count(before.macs), _count(after.macs), _percent(before.macs, after.macs))
+    table.add_row(
+        "parameters", _count(before.parameters), _count(after.parameters), _percent(before.parameters, after.parameters)
+    )
+    for dense, slim in zip(report.latency_before, report.latency_after, strict=True):
+        change = _percent(dense.median_ms, slim.median_ms)
+        table.add_row(f"latency at batch {dense.batch}, ms", _milliseconds(dense), _milliseconds(slim), change)
+    if report.monitor is not None:
+        table.add_section()
+        for label, first, second in (
+            ("dense -> finetuned", "dense", "finetuned"),
+            ("just before -> right after surgery", "before", "after"),
+        ):
+            values = report.accuracy[first], report.accuracy[second]
+            table.add_row(f"{report.monitor}: {label}", *map(_metric, values), _difference(*values))
+    return table
+
+
+def _caption(report: PruningReport) -> str:
+    lines = [f"MACs: multiply-adds, counted by fvcore{_uncounted(report.cost_after.uncounted)}."]
+    if report.latency_after:
+        latency = report.latency_after[0]
+        lines.append(f"Latency: median (interquartile range) on {latency.device}, {latency.threads} thread(s).")
+    lines.append(f"Slim network against masked network: {report.error:.1e} of the largest output.")
+    if report.renormalised:
+        lines.append(f"Norms over fewer channels than before: {', '.join(report.renormalised)}.")
+    return "\n".join([*lines, *report.warnings])
+
+
+def _uncounted(operators: tuple[str, ...]) -> str:
+    if not operators:
+        return ""
+    names = [operator.removeprefix("aten::") for operator in operators]
+    more = f" and {len(names) - _NAMED_OPERATORS} more" if len(names) > _NAMED_OPERATORS else ""
+    return f" without {', '.join(names[:_NAMED_OPERATORS])}{more}"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.0f}"
+
+
+def _percent(old: float, new: float) -> str:
+    return f"{100 * (new - old) / old:+.1f} %" if old else ""
+
+
+def _milliseconds(latency: Latency) -> str:
+    return f"{latency.median_ms:.3g} ({latency.iqr_ms:.2g})"
+
+
+def _metric(value: float | None) -> str:
+    return "?" if value is None else f"{value:.4f}"
+
+
+def _difference(old: float | None, new: float | None) -> str:
+    return "" if old is None or new is None else f"{new - old:+.4f}"
