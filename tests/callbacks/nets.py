@@ -32,9 +32,7 @@ def conv_net(width: int = 8, classes: int = 4) -> nn.Module:
 
 def linear_net(width: int = 12, classes: int = 4) -> nn.Module:
     """Two hidden layers without normalisation, from 6 features."""
-    return nn.Sequential(
-        nn.Linear(6, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, classes)
-    )
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, classes))
 
 
 def image_loader(batches: int = 8, batch_size: int = 16, classes: int = 4) -> DataLoader[Any]:

@@ -1,0 +1,200 @@
+"""An injected penalty leaves the weights of a run exactly where the same penalty, written in training_step, does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from lightning_prune.callbacks.inject import Penalty, add_to_gradients_, add_to_loss_, uses_loss
+from lightning_prune.penalties import weighted_l2
+from tests.callbacks.nets import feature_loader, linear_net, seeded, trainer
+
+STRENGTH = 0.0625
+
+
+def weights(net: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in net.parameters() if parameter.dim() == 2]
+
+
+class Injected(Callback):
+    """The thinnest possible user of the injection."""
+
+    def penalty(self, pl_module: LightningModule) -> Callable[[], Penalty]:
+        def compute() -> Penalty:
+            assert not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+            found = weights(pl_module)
+            value, gradients = weighted_l2(found, [torch.full_like(weight, STRENGTH) for weight in found])
+            return Penalty(value, found, gradients)
+
+        return compute
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if uses_loss(trainer, pl_module):
+            add_to_loss_(loss, self.penalty(pl_module), trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if not uses_loss(trainer, pl_module):
+            add_to_gradients_(self.penalty(pl_module), optimizer, trainer)
+
+
+class Automatic(LightningModule):
+    """Cross-entropy, with or without the penalty written out."""
+
+    def __init__(self, net: nn.Module, written: bool, optimizer: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.net = net
+        self.written = written
+        self.optimizer = optimizer
+        self.losses: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch[0]).float(), batch[1])
+        self.losses.append(loss.item())
+        return loss + written(self.net) if self.written else loss
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+class Adversaries(LightningModule):
+    """Two optimisers that step in turns under manual optimisation."""
+
+    def __init__(self, net: nn.Module, written: bool, optimizer: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = net
+        self.written = written
+        self.optimizer = optimizer
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        front, back = self.optimizers()  # type: ignore[attr-defined]
+        halves = [(front, self.net[:2])]
+        if batch_idx % 2:
+            halves.append((back, self.net[2:]))
+        for optimizer, half in halves:
+            loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss + written(half) if self.written else loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.net[:2].parameters()), self.optimizer(self.net[2:].parameters())
+
+
+def written(net: nn.Module) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return sum((STRENGTH / 2 * weight**2).sum() for weight in weights(net))  # type: ignore[return-value]
+
+
+def sgd(parameters: Any) -> Any:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def adam(parameters: Any) -> Any:
+    return torch.optim.Adam(parameters, lr=1e-2)
+
+
+def lbfgs(parameters: Any) -> Any:
+    return torch.optim.LBFGS(parameters, lr=0.5, max_iter=3)
+
+
+def half_precision() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", GradScaler("cpu"))
+
+
+class HasScaler(Callback):
+    """A run that was meant to scale its gradients, and does."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scaler = trainer.precision_plugin.scaler
+        assert scaler is not None and scaler.get_scale() > 1
+
+
+def outcome(kind: Any, optimizer: Any, is_written: bool, **kwargs: Any) -> tuple[nn.Module, Any]:
+    module = kind(copy.deepcopy(seeded(linear_net)), is_written, optimizer)
+    callbacks = [*kwargs.pop("callbacks", []), *([] if is_written else [Injected()])]
+    trainer(*callbacks, **kwargs).fit(module, feature_loader(10, 8))
+    return module.net, module
+
+
+def distance(first: nn.Module, second: nn.Module) -> float:
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+CONFIGURATIONS: dict[str, tuple[Any, Any, Callable[[], dict[str, Any]]]] = {
+    "fp32": (Automatic, sgd, lambda: {}),
+    "accumulation with a short last window": (Automatic, sgd, lambda: {"accumulate_grad_batches": 4}),
+    "clipping": (Automatic, sgd, lambda: {"gradient_clip_val": 0.1}),
+    "adam": (Automatic, adam, lambda: {}),
+    "lbfgs": (Automatic, lbfgs, lambda: {}),
+    "bf16": (Automatic, sgd, lambda: {"precision": "bf16-mixed"}),
+    "fp16": (Automatic, sgd, lambda: {"plugins": [half_precision()], "callbacks": [HasScaler()]}),
+    "fp16 and accumulation": (
+        Automatic,
+        sgd,
+        lambda: {"plugins": [half_precision()], "callbacks": [HasScaler()], "accumulate_grad_batches": 4},
+    ),
+    "double": (Automatic, sgd, lambda: {"precision": "64-true"}),
+    "manual": (Adversaries, sgd, lambda: {}),
+    "manual adam": (Adversaries, adam, lambda: {}),
+    "manual fp16": (Adversaries, sgd, lambda: {"plugins": [half_precision()], "callbacks": [HasScaler()]}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_injected_equals_written(name: str) -> None:
+    kind, optimizer, settings = CONFIGURATIONS[name]
+    reference, _ = outcome(kind, optimizer, True, max_epochs=2, **settings())
+    injected, _ = outcome(kind, optimizer, False, max_epochs=2, **settings())
+    assert distance(reference, injected) == 0.0
+    assert distance(reference, seeded(linear_net).to(next(reference.parameters()).dtype)) > 0.01
+
+
+def test_the_penalty_is_felt() -> None:
+    module = Automatic(copy.deepcopy(seeded(linear_net)), False, sgd)
+    trainer(max_epochs=2).fit(module, feature_loader(10, 8))
+    assert distance(module.net, outcome(Automatic, sgd, False, max_epochs=2)[0]) > 1e-3
+
+
+def test_fused_optimisers_get_the_scaled_penalty() -> None:
+    """They unscale in their own step, after the hook."""
+    settings = {"plugins": [half_precision()], "callbacks": [HasScaler()], "max_epochs": 1}
+
+    def fused(parameters: Any) -> Any:
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, fused=True)
+
+    assert fused([nn.Parameter(torch.ones(1))])._step_supports_amp_scaling
+    reference, _ = outcome(Adversaries, fused, True, **settings)
+    settings["plugins"] = [half_precision()]
+    injected, _ = outcome(Adversaries, fused, False, **settings)
+    assert distance(reference, injected) < 1e-6
+
+
+def test_the_users_loss_is_not_changed_in_the_log() -> None:
+    """Lightning hands out a clone taken before the hook; this pins it."""
+
+    class Seen(Callback):
+        outputs: list[float] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            Seen.outputs.append(outputs["loss"].item())
+
+    _, module = outcome(Automatic, sgd, False, callbacks=[Seen()])
+    assert Seen.outputs == module.losses
+
+
+@pytest.mark.parametrize("unused", [True, False])
+def test_unused_parameters_under_ddp_are_not_reached_through_the_loss(unused: bool) -> None:
+    stand_in: Any = SimpleNamespace(strategy=DDPStrategy(find_unused_parameters=unused))
+    assert uses_loss(stand_in, LightningModule()) is not unused
