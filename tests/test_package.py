@@ -1,0 +1,42 @@
+"""The front door: names, version, marker files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+import lightning_prune
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_public_names_are_sorted_and_found() -> None:
+    assert lightning_prune.__all__ == sorted(lightning_prune.__all__)
+    assert dir(lightning_prune) == lightning_prune.__all__
+    for name in lightning_prune.__all__:
+        assert getattr(lightning_prune, name).__name__ == name
+
+
+def test_every_name_of_the_rooms_is_sorted() -> None:
+    import lightning_prune.structure
+
+    assert lightning_prune.structure.__all__ == sorted(lightning_prune.structure.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        _ = lightning_prune.unknown
+
+
+def test_the_type_marker_is_there() -> None:
+    assert (Path(lightning_prune.__file__).parent / "py.typed").exists()
+
+
+def test_changelog_knows_the_version() -> None:
+    try:
+        version = importlib.metadata.version("lightning-prune")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed")
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
