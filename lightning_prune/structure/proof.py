@@ -120,8 +120,13 @@ def _prove(model: nn.Module, plan: PruningPlan, args: Any, dtype: torch.dtype, t
     worst, count = 0.0, 0
     for mode in modes:
         masked, slim = _pair(model, plan, dtype, train=mode == "train")
-        outputs = [_run(network, args, dtype) for network in (masked, slim)]
-        for dense, small in zip(*outputs, strict=True):
+        outputs = _run(masked, args, dtype)
+        try:
+            slim_outputs = _run(slim, args, dtype)
+        except Exception as error:
+            message = " ".join(str(error).split())
+            raise ProofError(f"The slim network does not run: {message[:300]}.") from error
+        for dense, small in zip(outputs, slim_outputs, strict=True):
             if dense.shape != small.shape:
                 raise ProofError(f"The slim network's output has shape {tuple(small.shape)}, not {tuple(dense.shape)}.")
             worst, count = max(worst, _departure(dense, small)), count + dense.numel()

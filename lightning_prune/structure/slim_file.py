@@ -23,7 +23,7 @@ KEY = "lightning_prune"
 VERSION = 1
 
 
-def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: PruningPlan, **metadata: Any) -> None:
+def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: PruningPlan, /, **metadata: Any) -> None:
     """Write a slim model's weights together with the plan that made it, in one safetensors file.
 
     The file appears under its name when it is complete, not before.

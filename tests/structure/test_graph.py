@@ -1,0 +1,148 @@
+"""Groups, choices and plans: what a user sees of the engine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import ConfigurationError, PlanError, TraceError
+from lightning_prune.structure import ChannelGroup, choose, pick, prune_, trace
+from tests.structure.test_surgery import Net, image
+
+
+def test_groups_of_a_residual_network() -> None:
+    graph = trace(Net(), image())
+    named = {group.name: group for group in graph.groups}
+    assert sorted(named) == ["inner.0", "stem.0"]
+    inner, stream = named["inner.0"], named["stem.0"]
+    assert (inner.size, inner.producers, inner.consumers) == (12, ("inner.0",), ("inner.3",))
+    assert stream.producers == ("stem.0", "inner.3") and stream.consumers == ("inner.0", "head")
+    assert inner.scales == (("inner.1.weight", 0),)
+    assert set(inner.shifts) == {("inner.0.bias", 0), ("inner.1.bias", 0)}
+    assert ("inner.1.running_var", 0) in inner.members
+    assert inner.index["inner.3.weight", 1].shape == (12, 1)
+    assert graph.pinned == {"head": "Its channels are the network's output."}
+    assert "inner.0  12 channels, read by inner.3" in str(graph)
+
+
+def test_flattened_space_takes_several_columns_a_channel() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+    (group,) = trace(net, image()).groups
+    assert group.index["2.weight", 1].tolist() == [list(range(c * 36, (c + 1) * 36)) for c in range(4)]
+
+
+def test_requires_grad_and_modes_make_no_difference() -> None:
+    model = Net()
+    open_ = [group.members for group in trace(model, image()).groups]
+    frozen = [group.members for group in trace(model.requires_grad_(False).eval(), image()).groups]
+    assert open_ == frozen
+
+
+@pytest.mark.parametrize(
+    ("ratio", "options", "kept"),
+    [
+        (0.5, {}, {"inner.0": 6}),
+        (0.5, {"scope": "all"}, {"inner.0": 6, "stem.0": 4}),
+        (0.07, {}, {"inner.0": 11}),
+        (0.99, {}, {"inner.0": 1}),
+        (0.99, {"keep_at_least": 3}, {"inner.0": 3}),
+        (0.5, {"round_to": 8}, {"inner.0": 8}),
+        (0.5, {"ratios": {"inner.0": 0.25}, "scope": "all"}, {"inner.0": 9, "stem.0": 4}),
+        (0.5, {"ratios": {"inner.0": 0.0}, "scope": "all"}, {"stem.0": 4}),
+        (0.5, {"ignore": ["stem"], "scope": "all"}, {"inner.0": 6}),
+        (0.5, {"score": "bn_scale"}, {"inner.0": 6}),
+        (0.5, {"score": "l2", "scope": "all", "global_": True}, None),
+    ],
+)
+def test_how_many_stay(ratio: float, options: dict[str, object], kept: Mapping[str, int] | None) -> None:
+    graph = trace(Net(), image())
+    picked = pick(graph, ratio, **options)  # type: ignore[arg-type]
+    found = {group.name: group.size - len(picked.get(group.name, ())) for group in graph.groups}
+    if kept is None:
+        assert sum(found.values()) == 10
+    else:
+        assert found == {"inner.0": 12, "stem.0": 8, **kept}
+
+
+def test_the_smallest_go_as_the_weights_are_now() -> None:
+    model = Net()
+    graph = trace(model, image())
+    with torch.no_grad():
+        for c in range(12):
+            model.inner[0].weight[c] = 0.1 * ((c * 5) % 12 + 1)
+    assert pick(graph, 0.25)["inner.0"] == tuple(sorted(c for c in range(12) if (c * 5) % 12 < 3))
+
+    def last(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
+        return -torch.arange(group.size)
+
+    assert pick(graph, 0.25, score=last)["inner.0"] == (9, 10, 11)
+    assert pick(graph, 0.5, score="random", seed=1) == pick(graph, 0.5, score="random", seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.0}, "ratio must lie in"),
+        ({"ratio": 1.0}, "ratio must lie in"),
+        ({"ratios": {"inner": 1.0}}, r"\[0, 1\)"),
+        ({"ratios": {"nothing*": 0.5}}, "'nothing\\*' does not match"),
+        ({"ratios": {"head": 0.5}}, "network's output"),
+        ({"ignore": ["nope"]}, "'nope' does not match"),
+        ({"scope": "outer"}, "inner, all"),
+        ({"score": "best"}, "bn_scale, l1, l2, random"),
+        ({"round_to": 0}, "round_to"),
+        ({"keep_at_least": 0}, "keep_at_least"),
+        ({"score": lambda group, tensors: torch.zeros(3)}, r"shape \(12,\)"),
+        ({"score": lambda group, tensors: torch.full((group.size,), torch.nan)}, "not all finite"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, object], message: str) -> None:
+    graph = trace(Net(), image())
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        choose(graph, **options)  # type: ignore[arg-type]
+    assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+
+
+def test_bad_removals_are_named() -> None:
+    graph = trace(Net(), image())
+    for removed, message in (
+        ({"inner.0": range(12)}, "all 12 channels"),
+        ({"inner.0": [12]}, r"0\.\.11"),
+        ({"what": [0]}, "no group 'what'"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            graph.plan(removed)
+
+
+def test_a_model_that_fails_is_told_by_its_statement() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.zeros(99, 1)
+
+    with pytest.raises(
+        TraceError, match=r"test_graph\.py:\d+ `return x @ torch\.zeros\(99, 1\)` raised RuntimeError"
+    ) as caught:
+        trace(Broken(), torch.zeros(1, 3))
+    assert "\n" not in str(caught.value)
+
+
+def test_layer_norm_asks_for_leave() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    graph = trace(net, torch.zeros(1, 4))
+    assert graph["0"].renormalised
+    assert not choose(graph, 0.5).kept
+    assert choose(graph, 0.5, renormalise=True).renormalised == ("1.weight",)
+    assert choose(graph, 0.5, scope="all") == choose(graph, 0.5, renormalise=True)
+
+
+def test_numbers_without_a_tensor_follow() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.GroupNorm(8, 8, affine=False), nn.Conv2d(8, 2, 1))
+    prune_(net, choose(trace(net, image()), 0.25))
+    assert (net[1].num_features, net[2].num_groups, net[2].num_channels) == (6, 6, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(image())
