@@ -497,7 +497,7 @@ class Regulariser(PruningCallback):
                 "stay below 1; lower one of them."
             )
         exponent = self._schedule.exponent(dynamics)
-        if exponent < ENOUGH:
+        if self.epochs is not None and exponent < ENOUGH:
             rank_zero_warn(
                 f"{self._label}: too few optimiser steps ({self._schedule.length}) for the channels to collapse: the "
                 f"penalty alone shrinks a weight to exp(-{exponent:.1f}), exp(-{ENOUGH:.0f}) is needed; give more epochs."
