@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_prune.callbacks.checkpointing import SlimCheckpointMixin, load_from_checkpoint
     from lightning_prune.callbacks.greg import GReg1, GReg2
     from lightning_prune.callbacks.structural import StructuralPruning
     from lightning_prune.errors import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "lightning_prune.callbacks.checkpointing": ("SlimCheckpointMixin", "load_from_checkpoint"),
     "lightning_prune.callbacks.greg": ("GReg1", "GReg2"),
     "lightning_prune.callbacks.structural": ("StructuralPruning",),
     "lightning_prune.errors": (
@@ -56,10 +58,12 @@ __all__ = [
     "ProofError",
     "PruningError",
     "PruningPlan",
+    "SlimCheckpointMixin",
     "SlimFileError",
     "StructuralPruning",
     "TraceError",
     "choose",
+    "load_from_checkpoint",
     "load_slim",
     "prove",
     "prune_",

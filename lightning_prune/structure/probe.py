@@ -91,7 +91,7 @@ class Prober(TorchDispatchMode):
     """Runs the trial beside the records of the dense pass."""
 
     def __init__(self, records: list[Record], leaving: NDArray[np.bool_]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.records = records
         self.leaving = leaving
         self.pins: Pins = []

@@ -165,7 +165,7 @@ class _Fair(TorchDispatchMode):
     """No dropout, the same random numbers for the same shapes, and norms over the kept channels."""
 
     def __init__(self, renormalised: dict[int, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.renormalised = renormalised
         self.count = 0
 

@@ -21,9 +21,9 @@ def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable
     """Remove what the plan does not keep, in place.
 
     Parameter objects keep their identity, ``requires_grad`` and ties, so optimisers go on training them; their state
-    (momenta and averages of the parameter's shape) is cut along; gradients of what is cut are dropped. Modules' own numbers
-    (``out_channels``, ``num_features``, ``normalized_shape``, ...) follow. All or nothing: after a failure everything
-    is as it was.
+    (momenta and averages of the parameter's shape) is cut along; gradients of what is cut are dropped. Modules' own
+    numbers (``out_channels``, ``num_features``, ``normalized_shape``, ...) follow. All or nothing: after a failure
+    everything is as it was.
 
     Args:
         model: the dense model that the plan fits.

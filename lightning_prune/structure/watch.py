@@ -98,7 +98,7 @@ class Watcher(TorchDispatchMode):
     """The dispatch mode. ``tensors`` are the parameters and buffers of the copy that runs, by name."""
 
     def __init__(self, model: nn.Module, tensors: dict[str, Tensor], labels: Labels) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.labels = labels
         self.model = model
         self.roles: dict[int, set[str]] = {}

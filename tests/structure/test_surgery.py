@@ -1,4 +1,4 @@
-"""What `prune_` leaves behind: the same Parameter objects, an optimiser that goes on, numbers that fit; or nothing changed."""
+"""What `prune_` leaves: the same Parameter objects, an optimiser that goes on, numbers that fit; or nothing changed."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def reshape(call: Call) -> list[Axes]:
     axes = call.axes(source)
     if all(axis is None for axis in axes):
         return [(None,) * out.dim()]
-    if source.numel() == 0:
-        call.pin(axes, "are part of an empty tensor")
+    if source.numel() == 0 or source.numel() != out.numel():
+        call.pin(axes, "are part of a tensor that is empty or read as another type")
         return [(None,) * out.dim()]
     result: list[Axis | None] = []
     for before, after in _blocks(source.shape, out.shape):
