@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from operator import lt
 from typing import Any
 
 from torch import Tensor, nn
@@ -155,16 +155,15 @@ class PruningPlan:
 
 def _check(member: Member, positions: Sequence[int], size: int) -> None:
     where = f"dim {member[1]} of {member[0]!r}"
-    if not all(type(i) is int for i in (*positions, size)):
+    if set(map(type, (*positions, size))) - {int}:
         raise PlanError(f"The positions kept along {where} must be whole numbers.")
     if not positions:
         raise PlanError(f"The plan removes all {size} positions along {where}; at least one must stay.")
-    if any(a >= b for a, b in pairwise(positions)):
+    if not all(map(lt, positions, positions[1:])):
         raise PlanError(f"The positions kept along {where} must be ascending, each once.")
     if positions[0] < 0 or positions[-1] >= size:
-        raise PlanError(
-            f"The positions kept along {where} must lie in 0..{size - 1}, not {positions[0]}..{positions[-1]}."
-        )
+        outermost = f"{positions[0]}..{positions[-1]}"
+        raise PlanError(f"The positions kept along {where} must lie in 0..{size - 1}, not {outermost}.")
 
 
 def kept_channels(size: int, ratio: float, *, unit: int = 1, round_to: int = 1, keep_at_least: int = 1) -> int:

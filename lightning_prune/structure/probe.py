@@ -23,6 +23,7 @@ from lightning_prune.structure.surgery import prune_
 from lightning_prune.structure.watch import (
     Record,
     Watcher,
+    compute,
     on_meta,
     open_up,
     operator_name,
@@ -117,7 +118,7 @@ class Prober(TorchDispatchMode):
         if scalars_of(func, args, kwargs) != record.scalars:
             self._blame(record.inputs, f"A number that depends on their count enters {_named(record)}.")
         try:
-            result = func(*args, **kwargs)
+            result = compute(func, args, kwargs)
         except Exception:  # a size that does not fit, in whatever words
             self._blame((*record.inputs, *record.outputs), f"{_named(record)} fails with fewer channels.")
             return _stand_in(func, args, kwargs, expected)

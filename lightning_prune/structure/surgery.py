@@ -54,9 +54,10 @@ def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable
     depthwise = {name for name, module in model.named_modules() if _is_depthwise(module)}
     with torch.no_grad(), _all_or_nothing() as undo:
         slim = {name: _cut(tensors[name], cut) for name, cut in cuts.items()}
+        homes = _homes_of_buffers(model)
         states = [_slim_state(optimizer, tensors[name], cut) for name, cut in cuts.items() for optimizer in optimizers]
         for name, tensor in slim.items():
-            _replace(model, name, tensors[name], tensor, undo)
+            _replace(tensors[name], tensor, homes, undo)
         for state, new in (pair for pairs in states for pair in pairs):
             _update(state, new, undo)
         for name, module in model.named_modules():
@@ -100,14 +101,24 @@ def _all_or_nothing() -> Iterator[list[Callable[[], None]]]:
         raise
 
 
-def _replace(model: nn.Module, name: str, old: Tensor, new: Tensor, undo: list[Callable[[], None]]) -> None:
+Homes = dict[int, list[tuple[dict[str, Tensor | None], str]]]
+
+
+def _homes_of_buffers(model: nn.Module) -> Homes:
+    """Where each buffer is registered; a tied one lives in several places."""
+    homes: Homes = {}
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            homes.setdefault(id(buffer), []).append((module._buffers, key))
+    return homes
+
+
+def _replace(old: Tensor, new: Tensor, homes: Homes, undo: list[Callable[[], None]]) -> None:
     if isinstance(old, nn.Parameter):
         _swap(old, new, undo)
         return
-    for module in model.modules():  # a buffer may be registered in several places
-        for key, buffer in module._buffers.items():
-            if buffer is old:
-                _put(module._buffers, key, new, undo)
+    for buffers, key in homes[id(old)]:
+        _put(buffers, key, new, undo)
 
 
 def _swap(parameter: nn.Parameter, new: Tensor, undo: list[Callable[[], None]]) -> None:
