@@ -181,6 +181,7 @@ class Regulariser(PruningCallback):
     _learning_rate: float | None
     _picked: dict[str, tuple[int, ...]]
     _energy: Tensor | None
+    _remaining: Tensor
     _groups: dict[str, structure.ChannelGroup]
     _parameters: dict[str, nn.Parameter]
     _targets: list[Target]
@@ -299,9 +300,12 @@ class Regulariser(PruningCallback):
 
     @torch.no_grad()
     def energy(self) -> Tensor:
-        """Squared weights of the channels that will go, as a fraction of what they were at the pick; no host sync."""
+        """Squared weights of the channels that will go, as a fraction of what they were at the pick; no host sync.
+
+        Before the pick 1, after surgery 0, after the fit what it was at its end.
+        """
         if self._energy is None or not self._targets or not self._picked:
-            return torch.tensor(0.0 if self.finished else 1.0)
+            return self._remaining
         return self._squares() / self._energy.to(self._targets[0].parameter.device).clamp_min(1e-30)
 
     def agreed(self, decision: Decision) -> Decision:
@@ -313,6 +317,7 @@ class Regulariser(PruningCallback):
         """Surgery is done: fall silent and drop everything that belonged to the dense network."""
         self._phase = "done"
         self._strength = 0.0
+        self._remaining = torch.zeros(())
         self._leave()
 
     # The hooks.
@@ -393,6 +398,7 @@ class Regulariser(PruningCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         super().teardown(trainer, pl_module, stage)
+        self._remaining = self.energy()
         self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -625,6 +631,7 @@ class Regulariser(PruningCallback):
         self._learning_rate = None
         self._picked = {}
         self._energy = None
+        self._remaining = torch.ones(())
         self._leave()
 
     def _leave(self) -> None:
