@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,32 +21,39 @@ class Case:
         name: unique.
         build: makes the network.
         shapes: of the positional arguments, drawn from a normal distribution.
-        keywords: shapes of the keyword arguments.
+        keywords: shapes of the keyword arguments; what is not a tuple is handed over as it is.
         shrinks: whether parameters must go; ``None`` where pinning everything is right too.
+        pack: makes the example inputs of the drawn tensors, where they are not the positional arguments.
     """
 
     name: str
     build: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
-    keywords: Mapping[str, tuple[int, ...]]
+    keywords: Mapping[str, Any]
     shrinks: bool | None
+    pack: Callable[..., Any] | None = None
 
-    def inputs(self, seed: int = 0) -> tuple[Tensor, ...]:
-        """Positional arguments."""
+    def inputs(self, seed: int = 0) -> Any:
+        """A tuple of positional arguments, or the only one."""
         generator = torch.Generator().manual_seed(seed)
-        return tuple(torch.randn(shape, generator=generator) for shape in self.shapes)
+        drawn = tuple(torch.randn(shape, generator=generator) for shape in self.shapes)
+        return drawn if self.pack is None else self.pack(*drawn)
 
     def kwargs(self, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments."""
         generator = torch.Generator().manual_seed(seed + 1)
-        return {name: torch.randn(shape, generator=generator) for name, shape in self.keywords.items()}
+        return {
+            name: torch.randn(given, generator=generator) if isinstance(given, tuple) else given
+            for name, given in self.keywords.items()
+        }
 
 
 def case(
     *shapes: tuple[int, ...],
     name: str = "",
     shrinks: bool | None = True,
-    keywords: Mapping[str, tuple[int, ...]] | None = None,
+    keywords: Mapping[str, Any] | None = None,
+    pack: Callable[..., Any] | None = None,
     **arguments: Any,
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Enter a class into the table, built with ``arguments``; a class may be entered several times."""
@@ -54,7 +62,8 @@ def case(
         label = name or kind.__name__
         if label in CASES:
             raise ValueError(f"Two cases are called {label!r}.")
-        CASES[label] = Case(label, lambda: kind(**arguments), shapes or (IMAGE,), dict(keywords or {}), shrinks)
+        build = functools.partial(kind, **arguments)
+        CASES[label] = Case(label, build, shapes or (IMAGE,), dict(keywords or {}), shrinks, pack)
         return kind
 
     return enter

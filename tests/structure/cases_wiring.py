@@ -331,7 +331,7 @@ class TiedLinearAutoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         code = self.b(self.a(x).relu()).tanh()
-        return F.linear(F.linear(code, self.b.weight.t()).relu(), self.a.weight.t())
+        return F.linear(F.linear(code, self.b.weight.t()).tanh(), self.a.weight.t())
 
 
 @case()

@@ -82,26 +82,19 @@ def switch_off_chance_(model: nn.Module) -> None:
 def randomise_(model: nn.Module, seed: int) -> None:
     """Weights, biases and running statistics in general position, so that no mistake hides behind a zero or a one."""
     generator = torch.Generator().manual_seed(seed)
-
-    def uniform(shape: Sequence[int], low: float, high: float) -> Tensor:
-        return torch.rand(tuple(shape), generator=generator, dtype=torch.float64) * (high - low) + low
-
     for name, parameter in model.named_parameters():
-        last = name.rpartition(".")[2]
         vector = parameter.numel() == max(parameter.shape, default=1)
-        if "bias" in last and vector:
-            value = uniform(parameter.shape, -0.5, 0.5)
-        elif vector:
-            value = uniform(parameter.shape, 0.4, 1.4)
+        if vector:
+            low, high = (-0.5, 0.5) if "bias" in name.rpartition(".")[2] else (0.4, 1.4)
         else:
-            fan_in = parameter.numel() / parameter.shape[0]
-            value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * math.sqrt(1.5 / fan_in)
-        parameter.copy_(value)
+            high = math.sqrt(4.5 * parameter.shape[0] / parameter.numel())  # variance 1.5 over the fan-in
+            low = -high
+        parameter.uniform_(low, high, generator=generator)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
-            buffer.copy_(uniform(buffer.shape, -0.3, 0.3))
+            buffer.uniform_(-0.3, 0.3, generator=generator)
         elif name.endswith("running_var"):
-            buffer.copy_(uniform(buffer.shape, 0.5, 1.5))
+            buffer.uniform_(0.5, 1.5, generator=generator)
 
 
 @torch.no_grad()
@@ -112,7 +105,17 @@ def write_indices_(model: nn.Module) -> None:
             if buffer is not None and not buffer.is_floating_point() and buffer.dtype != torch.int64:
                 module._buffers[name] = buffer.to(torch.int64)
     for value in {id(value): value for value in tensors(model).values()}.values():
-        value.copy_(torch.arange(value.numel(), dtype=value.dtype).reshape(value.shape))
+        if value.is_contiguous():
+            torch.arange(value.numel(), dtype=value.dtype, out=value.view(-1))
+        else:
+            value.copy_(torch.arange(value.numel(), dtype=value.dtype).reshape(value.shape))
+
+
+def ask(dense: nn.Module, copy_of_it: nn.Module, cut: Cut) -> dict[str, Kept]:
+    """Tag the copy, cut it, and read what survived."""
+    write_indices_(copy_of_it)
+    cut(copy_of_it)
+    return read_survivors(dense, copy_of_it)
 
 
 def read_survivors(dense: nn.Module, tagged: nn.Module) -> dict[str, Kept]:
@@ -143,19 +146,19 @@ def _grid(name: str, tags: Tensor, shape: torch.Size) -> Kept:
 def gather(value: Tensor, kept: Kept) -> Tensor:
     """The sub-grid of a tensor."""
     for dim, index in enumerate(kept):
-        value = value.index_select(dim, index)
+        if len(index) < value.shape[dim]:
+            value = value.index_select(dim, index)
     return value
 
 
-def indicator(shape: torch.Size, kept: Kept, free: Sequence[int] = ()) -> Tensor:
-    """One where an element survives, zero elsewhere; the dims in ``free`` are not looked at."""
-    mask = torch.ones(shape, dtype=torch.float64)
+def lines(shape: torch.Size, kept: Kept) -> list[Tensor]:
+    """One vector per dim, broadcastable to the tensor: one where a coordinate survives, zero elsewhere."""
+    found = []
     for dim, index in enumerate(kept):
-        if dim not in free:
-            line = torch.zeros(shape[dim], dtype=torch.float64)
-            line[index] = 1.0
-            mask = mask * line.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-    return mask
+        line = torch.zeros(shape[dim], dtype=torch.float64)
+        line[index] = 1.0
+        found.append(line.reshape([-1 if d == dim else 1 for d in range(len(shape))]))
+    return found
 
 
 @torch.no_grad()
@@ -165,8 +168,9 @@ def mask_(model: nn.Module, kept: Mapping[str, Kept]) -> None:
     for name, value in named.items():
         if value.dim() and value.is_floating_point():
             length = _weight_norm_length(name, named)
-            free = () if length is None else [dim for dim, size in enumerate(length.shape) if size > 1]
-            value.mul_(indicator(value.shape, kept[name], free).to(value.dtype))
+            for dim, line in enumerate(lines(value.shape, kept[name])):
+                if not line.all() and (length is None or length.shape[dim] == 1):
+                    value.mul_(line.to(value.dtype))
 
 
 def _weight_norm_length(name: str, named: Mapping[str, Tensor]) -> Tensor | None:
@@ -216,7 +220,7 @@ class KeptNorms(TorchFunctionMode):
     def __init__(self, model: nn.Module, kept: Mapping[str, Kept], heard: Sequence[tuple[Tensor, Any]]) -> None:
         super().__init__()
         named = tensors(model)
-        self.kept = {id(value): indicator(value.shape, kept[name]) for name, value in named.items() if value.dim()}
+        self.kept = {id(value): (value.shape, kept[name]) for name, value in named.items()}
         self.heard: Iterator[tuple[Tensor, Any]] = iter(heard)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -229,7 +233,10 @@ class KeptNorms(TorchFunctionMode):
     def _norm(self, kind: str, given: dict[str, Any], slim: Tensor, slim_groups: Any) -> Tensor:
         value, weight, bias = given["input"], given.get("weight"), given.get("bias")
         eps = given.get("eps", 1e-5)
-        mask = self.kept.get(id(weight))
+        mask = None
+        if id(weight) in self.kept:
+            shape, index = self.kept[id(weight)]
+            mask = math.prod(lines(shape, index), start=torch.ones(shape, dtype=torch.float64))
         if kind == "layer":
             dims = len(given["normalized_shape"])
             if mask is None:
@@ -393,10 +400,8 @@ def judge(
     dense = build().double()
     randomise_(dense, seed)
     switch_off_chance_(dense)
-    tagged, slim = replicate(dense, build), replicate(dense, build)
-    write_indices_(tagged)
-    cut(tagged)
-    kept = read_survivors(dense, tagged)
+    kept = ask(dense, replicate(dense, build), cut)
+    slim = replicate(dense, build)
     check_identity(slim, cut)
     _check_values(dense, slim, kept)
     before, after = parameter_count(dense), parameter_count(slim)

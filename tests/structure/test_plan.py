@@ -178,3 +178,56 @@ def test_what_can_not_be_saved_leaves_no_file(model: Net, tmp_path: Path) -> Non
         save_slim(model, tmp_path / "x.safetensors", plan, model=model)
     assert not list(tmp_path.iterdir())
     assert json.loads(plan.to_json())["version"] == 1
+
+
+def test_channels_that_are_merged_are_added_where_they_are_read(model: Net) -> None:
+    """With alike channels in each cluster the slim network computes what the dense one does; the optimiser goes on."""
+    graph = trace(model, image())
+    clusters = {"inner.0": {0: 3, 1: 3, 7: 2}, "stem.0": {5: 0}}
+    with torch.no_grad():
+        for name, into in clusters.items():
+            for (member, dim), index in graph[name].index.items():
+                if (member, dim) not in graph[name].inputs:
+                    tensor = model.state_dict(keep_vars=True)[member]
+                    for gone, stays in into.items():
+                        tensor.index_copy_(dim, index[gone], tensor.index_select(dim, index[stays]))
+    plan = graph.plan({name: list(into) for name, into in clusters.items()}, clusters)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    want = model(image())
+    assert prove(model.train(), plan, image()).error < 1e-12
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    prune_(model.eval(), plan, optimizer)
+    assert model.inner[0].out_channels == 9 and model.head.in_features == 7
+    torch.testing.assert_close(model(image()), want)
+
+
+def test_one_group_may_merge_where_another_just_loses_channels() -> None:
+    """A consumer of concatenated channels: some of its columns are added up, others dropped."""
+
+    class Cat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 5), nn.Linear(11, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(torch.cat([self.a(x), self.b(x)], 1).sigmoid())
+
+    net, x = Cat(), torch.randn(2, 4)
+    graph = trace(net, x)
+    plan = graph.plan({"a": [1, 2], "b": [0]}, {"a": {1: 0, 2: 5}})
+    assert plan.merged["c.weight", 1] == (0, 0, 5, 3, 4, 5, -1, 7, 8, 9, 10)
+    assert prove(net, plan, x).error < 1e-12
+    prune_(net, plan)
+    assert net.c.in_features == 8
+
+
+def test_merges_that_can_not_be_are_refused(model: Net) -> None:
+    graph = trace(model, image())
+    for into in ({0: 1}, {0: 1, 1: 2}, {}):
+        with pytest.raises(PlanError, match="must be merged into one that stays"):
+            graph.plan({"inner.0": [0, 1]}, {"inner.0": into})
+    norm = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    with pytest.raises(PlanError, match="reads them all together"):
+        trace(norm, torch.zeros(1, 4)).plan({"0": [0]}, {"0": {0: 1}})
+    with pytest.raises(PlanError, match="merged into one that stays"):
+        PruningPlan({("a", 0): (0, 1)}, {("a", 0): 3}, "", merged={("a", 0): (0, 1, 2)})

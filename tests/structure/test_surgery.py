@@ -142,11 +142,11 @@ def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     name = ("_cut", "_swap", "_update", "_renumber")[at]
     real, calls = getattr(surgery, name), []
 
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 5:
             raise RuntimeError("out of memory")
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(surgery, name, failing)
     with pytest.raises(RuntimeError, match="out of memory"):
