@@ -93,7 +93,7 @@ class Dynamics:
 class GReg1Schedule:
     r"""GReg-1: the strength of the channels that will go grows by ``delta`` at every event, then holds.
 
-    .. math:: \lambda(t) = (\min(\lfloor t / K_u \rfloor, n - 1) + 1) \, \Delta, \qquad n = \mathrm{round}(\tau / \Delta)
+    .. math:: \lambda(t) = (\min(\lfloor t / K_u \rfloor, n - 1) + 1) \, \Delta, \quad n = \mathrm{round}(\tau / \Delta)
 
     Args:
         delta: :math:`\Delta`, increment per event.
@@ -296,7 +296,7 @@ class GReg2Schedule:
 
     @classmethod
     def derive(cls, steps: int, dynamics: Dynamics, kept: float = -1e-4) -> GReg2Schedule:
-        """The schedule that lets channels collapse in so many optimiser steps: a tenth for the pick, the rest as GReg-1.
+        """The schedule that lets channels collapse in so many steps: a tenth for the pick, the rest like GReg-1.
 
         The pick phase shrinks a weight by exp(-0.5), as it does with the paper's constants.
 

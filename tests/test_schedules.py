@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ def test_derived_schedules_last_exactly_and_stay_stable(kind: Any, steps: int, d
     assert schedule.stop_ratio is None
     assert 0 <= schedule.pick_step < steps
     strengths = [schedule.strength(step) for step in range(0, steps, max(1, steps // 500))]
-    assert all(a <= b + 1e-9 for a, b in zip(strengths, strengths[1:], strict=False))
+    assert all(a <= b + 1e-9 for a, b in pairwise(strengths))
     assert max(strengths) * dynamics.learning_rate < 1
 
 

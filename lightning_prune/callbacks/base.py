@@ -1,28 +1,29 @@
-"""What all pruning callbacks share: the door, the capture, the clock, the phases, the checkpoint, the log."""
+"""What the methods share: the clock, the phases, the checkpoint, the log."""
 
 from __future__ import annotations
 
-import math
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import ASGD, LBFGS, SGD, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import structure
-from lightning_prune.callbacks.capture import Capture
+from lightning_prune.callbacks.dynamics import dynamics_of, refuse_sharded_state, steps_per_epoch
 from lightning_prune.callbacks.inject import Penalty, add_to_gradients_, add_to_loss_, quietly, uses_loss
+from lightning_prune.callbacks.targets import Target, aim, squared_norm
+from lightning_prune.callbacks.watching import PruningCallback, check
 from lightning_prune.errors import ConfigurationError, PlanError
-from lightning_prune.penalties import slices
 from lightning_prune.schedules import ENOUGH, Dynamics
+
+__all__ = ["PHASES", "PruningCallback", "Regulariser", "Schedule"]
 
 Decision = TypeVar("Decision")
 
@@ -30,120 +31,27 @@ PHASES = ("wait", "pick", "grow", "hold", "ready", "done")
 """A regulariser's phases in their order; the log shows the position in this tuple."""
 
 
-class PruningCallback(Callback, ABC):
-    """Base of every callback that prunes: finds its partners, shares one :class:`Capture`, refuses what can't work.
-
-    A subclass that overrides one of the hooks below calls ``super()``'s first.
-
-    Args:
-        module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
-    """
-
-    def __init__(self, module: str | None = None) -> None:
-        super().__init__()
-        self.module = module
-        self._capture: Capture | None = None
-
-    @property
-    def capture(self) -> Capture:
-        """The watch over the pruned module that all pruning callbacks of this fit share; exists from ``setup`` on."""
-        if self._capture is None:
-            raise ConfigurationError(f"{type(self).__name__} belongs to no fit yet; the capture exists from setup on.")
-        return self._capture
-
-    @property
-    @abstractmethod
-    def finished(self) -> bool:
-        """Whether this callback has nothing left to do in this fit, so that nothing needs to be watched for it."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies that shard parameters, and share the capture of the first pruning callback."""
-        if stage != "fit":
-            return
-        strategy = trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
-            raise ConfigurationError(
-                f"{type(self).__name__} can't change shapes under {type(strategy).__name__}; use one device or DDP."
-            )
-        partners = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
-        first = partners[0] if self in partners else self
-        if first is self:
-            names = {partner.module for partner in [self, *partners] if partner.module is not None}
-            if len(names) > 1:
-                raise ConfigurationError(f"The pruning callbacks name different modules: {', '.join(sorted(names))}.")
-            self._capture = Capture(pl_module, next(iter(names), None))
-        else:
-            self._capture = first.capture
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch this batch's forward call."""
-        if not self.finished:
-            self.capture.begin_batch()
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Trace the pruned module, in the first batch."""
-        if not self.finished:
-            self.capture.build()
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Trace the pruned module, if manual optimisation has bypassed ``on_before_backward``."""
-        if not self.finished:
-            self.capture.build()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop watching until the next batch."""
-        if self._capture is not None:
-            self._capture.end_batch()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
-        if self._capture is not None:
-            self._capture.close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind: Lightning calls no ``teardown`` after an error."""
-        if self._capture is not None:
-            self._capture.close()
-
-
 class Schedule(Protocol):
     """What a regulariser needs to know of the growth of its strength; see :mod:`lightning_prune.schedules`."""
 
     @property
-    def pick_step(self) -> int: ...
+    def pick_step(self) -> int:
+        """The step before which the channels are picked."""
+
     @property
-    def last_event(self) -> int: ...
+    def last_event(self) -> int:
+        """The step at which growth ends."""
+
     @property
-    def hold(self) -> int: ...
+    def ceiling(self) -> float:
+        """The largest strength."""
+
     @property
-    def ceiling(self) -> float: ...
-    @property
-    def length(self) -> int: ...
-    def strength(self, step: int) -> float: ...
-    def exponent(self, dynamics: Dynamics) -> float: ...
+    def length(self) -> int:
+        """Optimiser steps from the first event to the end of the hold."""
 
-
-class Target:
-    """One parameter that a regulariser pulls at: a mask per channel group that has slices in it.
-
-    Args:
-        parameter: the parameter.
-        masks: group name to a mask that broadcasts to the parameter.
-    """
-
-    def __init__(self, parameter: nn.Parameter, masks: Mapping[str, Tensor]) -> None:
-        self.parameter = parameter
-        self.masks = dict(masks)
-
-    def union(self) -> Tensor:
-        """One where any of the groups' masks is one, in the smallest shape that broadcasts to the parameter."""
-        masks = list(self.masks.values())
-        whole = masks[0]
-        for mask in masks[1:]:
-            whole = torch.maximum(whole, mask)
-        return whole
+    def exponent(self, dynamics: Dynamics) -> float:
+        """How far the penalty alone shrinks a doomed weight."""
 
 
 class Regulariser(PruningCallback):
@@ -306,7 +214,7 @@ class Regulariser(PruningCallback):
         """
         if self._energy is None or not self._targets or not self._picked:
             return self._remaining
-        return self._squares() / self._energy.to(self._targets[0].parameter.device).clamp_min(1e-30)
+        return squared_norm(self._targets) / self._energy.to(self._targets[0].parameter.device).clamp_min(1e-30)
 
     def agreed(self, decision: Decision) -> Decision:
         """Rank 0's decision, on every rank."""
@@ -340,14 +248,10 @@ class Regulariser(PruningCallback):
         """Refuse a schedule that doesn't fit the trainer, before the first step."""
         if self._phase in ("ready", "done"):
             return
-        for optimizer in trainer.optimizers:
-            check(
-                "ZeroRedundancyOptimizer" not in [kind.__name__ for kind in type(optimizer).__mro__],
-                f"{type(self).__name__} can't slice the sharded state of ZeroRedundancyOptimizer; use another optimiser.",
-            )
+        refuse_sharded_state(trainer.optimizers)
         steps = self._stage_steps(trainer)
         if trainer.optimizers and self._phase == "wait":
-            self._fits(trainer, self.begin(steps, _dynamics(trainer.optimizers[0])))
+            self._fits(trainer, self.begin(steps, dynamics_of(trainer.optimizers[0])))
         if self.epochs is not None and trainer.current_epoch >= self.start + self.epochs and self._picked:
             self._phase = "ready"
 
@@ -480,7 +384,7 @@ class Regulariser(PruningCallback):
         self._keeper = max(trainer.optimizers, key=held)
         if held(self._keeper) == 0:
             raise ConfigurationError(f"No optimiser holds the parameters that {self._label} is to prune.")
-        self._decoupled = _dynamics(self._keeper).decoupled
+        self._decoupled = dynamics_of(self._keeper).decoupled
         if self._decoupled:
             holders = [optimizer for optimizer in trainer.optimizers if held(optimizer)]
             self._handles += [optimizer.register_step_post_hook(self._decay()) for optimizer in holders]
@@ -489,7 +393,7 @@ class Regulariser(PruningCallback):
         """Begin the sparse stage at the step that is about to be taken."""
         if self._keeper is None:
             return
-        dynamics = _dynamics(self._keeper, [target.parameter for target in self._targets])
+        dynamics = dynamics_of(self._keeper, [target.parameter for target in self._targets])
         self._origin = completed
         self._schedule = self.begin(self._stage_steps(trainer), dynamics)
         self._learning_rate = dynamics.learning_rate
@@ -499,14 +403,15 @@ class Regulariser(PruningCallback):
             rank_zero_info(f"{self._label}: {name} rescales gradients, so weights decay by it after each step instead.")
         if dynamics.learning_rate * self._schedule.ceiling >= 1:
             raise ConfigurationError(
-                f"{self._label}: learning rate {dynamics.learning_rate:g} times ceiling {self._schedule.ceiling:g} must "
-                "stay below 1; lower one of them."
+                f"{self._label}: learning rate {dynamics.learning_rate:g} times ceiling {self._schedule.ceiling:g} "
+                "must stay below 1; lower one of them."
             )
         exponent = self._schedule.exponent(dynamics)
         if self.epochs is not None and exponent < ENOUGH:
             rank_zero_warn(
                 f"{self._label}: too few optimiser steps ({self._schedule.length}) for the channels to collapse: the "
-                f"penalty alone shrinks a weight to exp(-{exponent:.1f}), exp(-{ENOUGH:.0f}) is needed; give more epochs."
+                f"penalty alone shrinks a weight to exp(-{exponent:.1f}), exp(-{ENOUGH:.0f}) is needed; give more "
+                "epochs."
             )
 
     @torch.no_grad()
@@ -532,27 +437,10 @@ class Regulariser(PruningCallback):
             )
         self._picked = {name: tuple(numbers) for name, numbers in plain.items()}
         self._aim(self._picked)
-        self._energy = self._squares()
+        self._energy = squared_norm(self._targets)
 
     def _aim(self, channels: Mapping[str, Sequence[int]]) -> None:
-        """Build the masks: for each parameter, which of its slices belong to the given channels."""
-        masks: dict[int, tuple[nn.Parameter, dict[str, Tensor]]] = {}
-        for name, numbers in channels.items():
-            for member, dim in self.reach(self._groups[name]):
-                if member not in self._parameters:
-                    continue
-                parameter = self._parameters[member]
-                positions = self._groups[name].index[member, dim][list(numbers)]
-                mask = slices(parameter, dim, positions)
-                known = masks.setdefault(id(parameter), (parameter, {}))[1]
-                known[name] = torch.maximum(known[name], mask) if name in known else mask
-        self._targets = [Target(parameter, groups) for parameter, groups in masks.values()]
-
-    def _squares(self) -> Tensor:
-        """Squared norm of everything in the channels that will go."""
-        weights = [target.parameter.detach() for target in self._targets]
-        parts = torch._foreach_norm(torch._foreach_mul(weights, [target.union() for target in self._targets]))
-        return torch.stack([part.float() for part in parts]).square().sum()
+        self._targets = aim(channels, self._groups, self.reach, self._parameters)
 
     def _decay(self) -> Callable[..., None]:
         """The penalty where gradients are rescaled: after each step, minus learning rate times gradient."""
@@ -580,24 +468,24 @@ class Regulariser(PruningCallback):
         """
         if self.epochs is None or self._keeper is None or self._learning_rate is None:
             return 1.0
-        now = _dynamics(self._keeper, [target.parameter for target in self._targets]).learning_rate
+        now = dynamics_of(self._keeper, [target.parameter for target in self._targets]).learning_rate
         return max(now / self._learning_rate, 0.1)
 
     def _stage_steps(self, trainer: Trainer) -> int | None:
         """Optimiser steps of the sparse stage, where it is given in epochs."""
         if self.epochs is None:
             return None
-        per_epoch = _steps_per_epoch(trainer)
+        per_epoch = steps_per_epoch(trainer)
         if per_epoch is None:
             raise ConfigurationError(
-                f"epochs={self.epochs} needs to know the steps per epoch; set limit_train_batches to a number of batches."
+                f"epochs={self.epochs} needs a known number of batches per epoch; set limit_train_batches to one."
             )
         return per_epoch * self.epochs
 
     def _fits(self, trainer: Trainer, schedule: Schedule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        per_epoch = _steps_per_epoch(trainer)
+        per_epoch = steps_per_epoch(trainer)
         needed = schedule.length + (per_epoch or 0) * self.start
         what = f"start={self.start} and {schedule.length} optimiser steps of schedule"
         if self.epochs is not None:
@@ -607,7 +495,7 @@ class Regulariser(PruningCallback):
                 raise ConfigurationError(f"{type(self).__name__}: {what} don't fit into max_epochs={limit}.")
         elif per_epoch is not None and trainer.max_epochs is not None and 0 <= trainer.max_epochs * per_epoch < needed:
             raise ConfigurationError(
-                f"{type(self).__name__}: {what} don't fit into max_epochs={trainer.max_epochs} of {per_epoch} steps each."
+                f"{type(self).__name__}: {what} don't fit into max_epochs={trainer.max_epochs} of {per_epoch} steps."
             )
         if 0 <= trainer.max_steps < needed:
             raise ConfigurationError(f"{type(self).__name__}: {what} don't fit into max_steps={trainer.max_steps}.")
@@ -645,33 +533,3 @@ class Regulariser(PruningCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def check(condition: bool, message: str) -> None:
-    """Refuse an argument with one sentence."""
-    if not condition:
-        raise ConfigurationError(message)
-
-
-def _steps_per_epoch(trainer: Trainer) -> int | None:
-    """Optimiser steps in one epoch; ``None`` where the loader doesn't know. Manual optimisation: one per batch."""
-    batches = trainer.num_training_batches
-    if math.isinf(batches):
-        return None
-    return math.ceil(batches / trainer.accumulate_grad_batches)
-
-
-def _dynamics(optimizer: Optimizer, parameters: Sequence[nn.Parameter] = ()) -> Dynamics:
-    """How an optimiser treats the given parameters (default: all of its own)."""
-    wanted = {id(parameter) for parameter in parameters}
-    groups = [
-        group
-        for group in optimizer.param_groups
-        if not wanted or any(id(parameter) in wanted for parameter in group["params"])
-    ] or optimizer.param_groups
-    # a warm-up may begin at 0; what it begins from is then the best guess
-    rates = [float(group["lr"]) or float(group.get("initial_lr", 0.0)) for group in groups]
-    rates = [rate for rate in rates if rate > 0] or [1e-3]
-    if isinstance(optimizer, (SGD, ASGD, LBFGS)):
-        return Dynamics(max(rates), max(float(group.get("momentum", 0.0)) for group in groups), False, min(rates))
-    return Dynamics(max(rates), 0.0, True, min(rates))

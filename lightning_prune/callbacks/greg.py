@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_prune import structure
-from lightning_prune.callbacks.base import Regulariser, check
+from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.inject import Penalty
+from lightning_prune.callbacks.watching import check
 from lightning_prune.penalties import slices, weighted_l2
 from lightning_prune.schedules import (
     GREG1_CIFAR,
@@ -192,8 +193,8 @@ class GReg1(_GReg):
         schedule: instead of ``epochs`` the constants in optimiser steps, or the published ones: ``"cifar"``,
             ``"imagenet"`` (made for a learning rate of 1e-3).
         coupled: penalise everything that leaves with a channel: its weights, bias, norm scale and shift, and the
-            consumers' input columns. ``False`` is the published form, which penalises the producing weights alone; there
-            the rest grows to compensate, and removal is not harmless.
+            consumers' input columns. ``False`` is the published form, which penalises the producing weights alone;
+            there the rest grows to compensate, and removal is not harmless.
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.

@@ -107,9 +107,9 @@ def test_a_name_decides_between_candidates() -> None:
 def test_unknown_and_uncalled_names_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="no part of the LightningModule; its children are: net"):
         watched(Classifier(linear_net()), module="nett")
+    built = Classifier(linear_net())
+    built.spare = nn.Linear(2, 2)  # type: ignore[assignment]
     with pytest.raises(ConfigurationError, match="isn't called by training_step"):
-        built = Classifier(linear_net())
-        built.spare = nn.Linear(2, 2)  # type: ignore[assignment]
         watched(built, module="spare")
 
 
@@ -123,17 +123,17 @@ def test_a_bare_forward_is_refused() -> None:
 
 
 def test_the_latest_batch_is_kept_detached() -> None:
-    class Look(Callback):
-        seen: list[Any] = []
-        batches: list[Any] = []
+    seen: list[Any] = []
+    batches: list[Any] = []
 
+    class Look(Callback):
         def on_train_batch_end(self, run: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            Look.seen.append(watcher.capture.inputs)
-            Look.batches.append(batch[0])
+            seen.append(watcher.capture.inputs)
+            batches.append(batch[0])
 
     watcher = Watcher()
     trainer(watcher, Look()).fit(Forwards(linear_net()), feature_loader(3))
-    for (args, kwargs), batch in zip(Look.seen, Look.batches, strict=True):
+    for (args, kwargs), batch in zip(seen, batches, strict=True):
         assert torch.equal(args[0], batch) and not args[0].requires_grad
         assert kwargs == {"scale": 2.0}
 

@@ -110,17 +110,17 @@ def test_epochs_end_exactly(method: Any, optimizer: str, accumulate: int) -> Non
 def test_channels_are_picked_from_the_weights_at_the_start_epoch() -> None:
     net = seeded(linear_net)
 
-    class Look(Callback):
-        picks: dict[str, Any] = {}
+    picks: dict[str, Any] = {}
 
+    class Look(Callback):
         def on_train_epoch_start(self, run: Any, pl_module: Any) -> None:
             if run.current_epoch == 2:
                 weight = net[2].weight.detach().abs().mean(1)
-                Look.picks = {"2": tuple(sorted(weight.argsort()[:6].tolist()))}
+                picks["2"] = tuple(sorted(weight.argsort()[:6].tolist()))
 
     regulariser = GReg1(0.5, start=2, schedule=SMALL1, ignore=["0"])
     fit(regulariser, net, feature_loader(8), callbacks=[Look()], max_epochs=5)
-    assert regulariser.removal() == Look.picks
+    assert regulariser.removal() == picks
 
 
 @pytest.mark.parametrize("width", [8, 16])

@@ -184,14 +184,14 @@ def test_fused_optimisers_get_the_scaled_penalty() -> None:
 def test_the_users_loss_is_not_changed_in_the_log() -> None:
     """Lightning hands out a clone taken before the hook; this pins it."""
 
-    class Seen(Callback):
-        outputs: list[float] = []
+    seen: list[float] = []
 
+    class Seen(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
-            Seen.outputs.append(outputs["loss"].item())
+            seen.append(outputs["loss"].item())
 
     _, module = outcome(Automatic, sgd, False, callbacks=[Seen()])
-    assert Seen.outputs == module.losses
+    assert seen == module.losses
 
 
 @pytest.mark.parametrize("unused", [True, False])

@@ -1,0 +1,65 @@
+"""Which slices of which parameters a regulariser pulls at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.penalties import slices
+from lightning_prune.structure import ChannelGroup
+
+
+class Target:
+    """One parameter that a regulariser pulls at: a mask per channel group that has slices in it.
+
+    Args:
+        parameter: the parameter.
+        masks: group name to a mask that broadcasts to the parameter.
+    """
+
+    def __init__(self, parameter: nn.Parameter, masks: Mapping[str, Tensor]) -> None:
+        self.parameter = parameter
+        self.masks = dict(masks)
+
+    def union(self) -> Tensor:
+        """One where any of the groups' masks is one, in the smallest shape that broadcasts to the parameter."""
+        masks = list(self.masks.values())
+        whole = masks[0]
+        for mask in masks[1:]:
+            whole = torch.maximum(whole, mask)
+        return whole
+
+
+def aim(
+    channels: Mapping[str, Sequence[int]],
+    groups: Mapping[str, ChannelGroup],
+    reach: Callable[[ChannelGroup], Sequence[tuple[str, int]]],
+    parameters: Mapping[str, nn.Parameter],
+) -> list[Target]:
+    """One target per parameter that has slices of the given channels; tied names are one parameter.
+
+    Args:
+        channels: group name to channel numbers.
+        groups: the groups by name.
+        reach: which members of a group are meant; buffers among them are passed over.
+        parameters: parameters by every name they have.
+    """
+    masks: dict[int, tuple[nn.Parameter, dict[str, Tensor]]] = {}
+    for name, numbers in channels.items():
+        for member, dim in reach(groups[name]):
+            if member not in parameters:
+                continue
+            parameter = parameters[member]
+            mask = slices(parameter, dim, groups[name].index[member, dim][list(numbers)])
+            known = masks.setdefault(id(parameter), (parameter, {}))[1]
+            known[name] = torch.maximum(known[name], mask) if name in known else mask
+    return [Target(parameter, masked) for parameter, masked in masks.values()]
+
+
+def squared_norm(targets: Sequence[Target]) -> Tensor:
+    """Squared norm of everything that the targets' masks cover."""
+    weights = [target.parameter.detach() for target in targets]
+    parts = torch._foreach_norm(torch._foreach_mul(weights, [target.union() for target in targets]))
+    return torch.stack([part.float() for part in parts]).square().sum()

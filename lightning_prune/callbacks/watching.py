@@ -1,0 +1,98 @@
+"""What all pruning callbacks share: one capture per fit, and a door that is shut to what can't work."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_prune.callbacks.capture import Capture
+from lightning_prune.errors import ConfigurationError
+
+
+class PruningCallback(Callback, ABC):
+    """Base of every callback that prunes: finds its partners, shares one :class:`Capture`, refuses what can't work.
+
+    A subclass that overrides one of the hooks below calls ``super()``'s first.
+
+    Args:
+        module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
+    """
+
+    def __init__(self, module: str | None = None) -> None:
+        super().__init__()
+        self.module = module
+        self._capture: Capture | None = None
+
+    @property
+    def capture(self) -> Capture:
+        """The watch over the pruned module that all pruning callbacks of this fit share; exists from ``setup`` on."""
+        if self._capture is None:
+            raise ConfigurationError(f"{type(self).__name__} belongs to no fit yet; the capture exists from setup on.")
+        return self._capture
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether this callback has nothing left to do in this fit, so that nothing needs to be watched for it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies that shard parameters, and share the capture of the first pruning callback."""
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+            raise ConfigurationError(
+                f"{type(self).__name__} can't change shapes under {type(strategy).__name__}; use one device or DDP."
+            )
+        partners = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
+        first = partners[0] if self in partners else self
+        if first is self:
+            names = {partner.module for partner in [self, *partners] if partner.module is not None}
+            if len(names) > 1:
+                raise ConfigurationError(f"The pruning callbacks name different modules: {', '.join(sorted(names))}.")
+            self._capture = Capture(pl_module, next(iter(names), None))
+        else:
+            self._capture = first.capture
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch this batch's forward call."""
+        if not self.finished:
+            self.capture.begin_batch()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Trace the pruned module, in the first batch."""
+        if not self.finished:
+            self.capture.build()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Trace the pruned module, if manual optimisation has bypassed ``on_before_backward``."""
+        if not self.finished:
+            self.capture.build()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop watching until the next batch."""
+        if self._capture is not None:
+            self._capture.end_batch()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        if self._capture is not None:
+            self._capture.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind: Lightning calls no ``teardown`` after an error."""
+        if self._capture is not None:
+            self._capture.close()
+
+
+def check(condition: bool, message: str) -> None:
+    """Refuse an argument with one sentence."""
+    if not condition:
+        raise ConfigurationError(message)
