@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError, TraceError
 from lightning_prune.structure.labels import Ints, Labels, Solution
-from lightning_prune.structure.plan import Member, PruningPlan, layer_of, named_tensors, signature
+from lightning_prune.structure.plan import NOWHERE, Member, PruningPlan, layer_of, named_tensors, signature
 from lightning_prune.structure.probe import probe
 from lightning_prune.structure.replica import arguments, replica, to_device
 from lightning_prune.structure.watch import Watcher
@@ -37,6 +37,8 @@ class ChannelGroup:
         scales: members that are the scales of norms.
         shifts: members that are biases of layers or norms.
         renormalised: whether a norm takes its statistics over these channels.
+        mergeable: whether one channel may stand for another that is alike: everything in between treats all of them
+            the same way, and whoever reads them multiplies them with weights.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ChannelGroup:
     scales: tuple[Member, ...]
     shifts: tuple[Member, ...]
     renormalised: bool
+    mergeable: bool
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -59,6 +62,15 @@ class ChannelGroup:
     def unit(self) -> int:
         """How many output positions of the first producer one channel stands for."""
         return self.index[self.outputs[0]].shape[1] if self.outputs else 1
+
+    def targets(self, gone: Sequence[int], into: Mapping[int, int]) -> dict[Member, Tensor]:
+        """Member -> the positions that stand for those of the channels that go, ``(len(gone), k)``."""
+        if not self.mergeable:
+            raise PlanError(f"Channels of group {self.name!r} can't be merged: something reads them all together.")
+        if set(into) != set(gone) or set(into.values()) & set(gone):
+            raise PlanError(f"Every channel of group {self.name!r} that goes must be merged into one that stays.")
+        rows = torch.tensor([into[channel] for channel in gone])
+        return {member: index[rows] for member, index in self.index.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +95,25 @@ class ChannelGraph:
                 return group
         raise KeyError(name)
 
-    def plan(self, removed: Mapping[str, Sequence[int]]) -> PruningPlan:
+    def plan(
+        self, removed: Mapping[str, Sequence[int]], into: Mapping[str, Mapping[int, int]] | None = None
+    ) -> PruningPlan:
         """The plan by which these channels (group name -> numbers below its size) go.
 
+        Args:
+            removed: group name -> channels that go.
+            into: group name -> channel that goes -> channel that stands for it afterwards: what its consumers read
+                from the one is added to what they read from the other. Groups without an entry just lose channels.
+
         Raises:
-            PlanError: for an unknown group, a number out of range, or a group that would lose all its channels.
+            PlanError: for an unknown group, a number out of range, a group that would lose all its channels, or one
+                whose channels can't stand for each other.
         """
         known = {group.name: group for group in self.groups}
         cut: dict[Member, list[int]] = {}
         outputs, renormalised, numbers = set[Member](), set[str](), self._dense_numbers()
+        merged: dict[Member, Tensor] = {}
+        summed = set[Member]()
         for name, channels in removed.items():
             if name not in known:
                 raise PlanError(f"There is no group {name!r}; groups are {', '.join(known) or 'none'}.")
@@ -101,6 +123,12 @@ class ChannelGraph:
             rows = torch.tensor(gone)
             for member, index in group.index.items():
                 cut.setdefault(member, []).extend(index[rows].flatten().tolist())
+            if into and name in into:
+                summed.update(group.inputs)
+                for member, targets in group.targets(gone, into[name]).items():
+                    size = named_tensors(self.model)[member[0]].shape[member[1]]
+                    whole = merged.setdefault(member, torch.arange(size))
+                    whole[group.index[member][rows]] = targets
             outputs.update(group.outputs)
             renormalised.update(name for name, _ in group.scales if group.renormalised)
             for attribute, parts in self.numbers.items():
@@ -111,7 +139,9 @@ class ChannelGraph:
             member: tuple(np.delete(np.arange(sizes[member]), positions).tolist()) for member, positions in cut.items()
         }
         changed = {name: number for name, number in numbers.items() if number != self._dense_numbers()[name]}
-        return PruningPlan(kept, sizes, signature(self.model), tuple(outputs), changed, tuple(renormalised))
+        into_all = {member: _or_nowhere(targets, cut[member]) for member, targets in merged.items()}
+        rest = tuple(outputs), changed, tuple(renormalised), into_all, tuple(summed)
+        return PruningPlan(kept, sizes, signature(self.model), *rest)
 
     def _dense_numbers(self) -> dict[str, int]:
         return {
@@ -125,6 +155,13 @@ class ChannelGraph:
             for group in self.groups
         ]
         return "\n".join(rows + [f"{layer}  pinned: {reason}" for layer, reason in self.pinned.items()])
+
+
+def _or_nowhere(targets: Tensor, gone: list[int]) -> tuple[int, ...]:
+    """Positions that go without another standing for them (they belong to a group that just loses channels)."""
+    positions = torch.tensor(gone)
+    targets[positions[targets[positions] == positions]] = NOWHERE
+    return tuple(targets.tolist())
 
 
 def _numbers(name: str, channels: Sequence[int], size: int) -> list[int]:
@@ -218,7 +255,7 @@ def _groups(watcher: Watcher, solution: Solution) -> list[ChannelGroup]:
         return []
     prints = np.add.reduceat(_fingerprints(len(labels.dims))[ids[atoms]], starts)
     _, first, kind = np.unique(prints, return_index=True, return_inverse=True)
-    renormalised = labels.renormalised_roots(solution.root)
+    marked = {mark: labels.marked_roots(mark, solution.root) for mark in ("renormalised", "bound")}
     groups: list[ChannelGroup] = []
     for number in np.argsort(first):
         which = np.flatnonzero(kind == number)
@@ -228,7 +265,8 @@ def _groups(watcher: Watcher, solution: Solution) -> list[ChannelGroup]:
             )
             continue
         table = atoms[starts[which][:, None] + np.arange(counts[which[0]])]
-        groups.append(_group(watcher, table, ids, bool(renormalised.intersection(classes[which].tolist()))))
+        marks = {mark for mark, roots in marked.items() if roots.intersection(classes[which].tolist())}
+        groups.append(_group(watcher, table, ids, marks))
     return groups
 
 
@@ -237,7 +275,7 @@ def _fingerprints(count: int) -> Ints:
     return np.random.default_rng(0).integers(-(2**62), 2**62, size=count)
 
 
-def _group(watcher: Watcher, table: Ints, ids: Ints, renormalised: bool) -> ChannelGroup:
+def _group(watcher: Watcher, table: Ints, ids: Ints, marks: set[str]) -> ChannelGroup:
     labels = watcher.labels
     columns = ids[table[0]]
     index = {}
@@ -251,9 +289,18 @@ def _group(watcher: Watcher, table: Ints, ids: Ints, renormalised: bool) -> Chan
     outputs, inputs = having("outputs"), having("inputs")
     producers = tuple(dict.fromkeys(layer_of(name) for name, _ in outputs))
     consumers = tuple(dict.fromkeys(layer_of(name) for name, _ in inputs))
-    name = producers[0] if producers else layer_of(next(iter(index))[0])
     return ChannelGroup(
-        name, len(table), index, producers, consumers, outputs, inputs, having("scales"), having("shifts"), renormalised
+        name=producers[0] if producers else layer_of(next(iter(index))[0]),
+        size=len(table),
+        index=index,
+        producers=producers,
+        consumers=consumers,
+        outputs=outputs,
+        inputs=inputs,
+        scales=having("scales"),
+        shifts=having("shifts"),
+        renormalised="renormalised" in marks,
+        mergeable=not marks,
     )
 
 

@@ -57,7 +57,7 @@ class Labels:
         self._count = count
         self._united: list[tuple[Ints, Ints]] = []
         self._pinned: list[tuple[Ints, str]] = []
-        self._renormalised: list[Ints] = []
+        self._marked: dict[str, list[Ints]] = {}
 
     @property
     def atoms(self) -> int:
@@ -101,9 +101,13 @@ class Labels:
         """Forbid these labels to leave."""
         self._pinned.append((labels, reason))
 
-    def renormalise(self, labels: Ints) -> None:
-        """Note that a norm takes its statistics over these positions."""
-        self._renormalised.append(labels)
+    def mark(self, labels: Ints, mark: str) -> None:
+        """Note something about positions that may leave.
+
+        ``"renormalised"``: a norm takes its statistics over them. ``"bound"``: they are summed over as they are, so
+        that none can stand for another.
+        """
+        self._marked.setdefault(mark, []).append(labels)
 
     def solve(self) -> Solution:
         """Unite everything at once (hook every root to a smaller one, then compress paths, until nothing moves)."""
@@ -123,6 +127,7 @@ class Labels:
                 reasons.setdefault(label, reason)
         return Solution(root, reasons)
 
-    def renormalised_roots(self, root: Ints) -> set[int]:
-        """Classes over which a norm takes its statistics."""
-        return set(np.unique(root[np.concatenate(self._renormalised)]).tolist()) if self._renormalised else set()
+    def marked_roots(self, mark: str, root: Ints) -> set[int]:
+        """Classes that carry a mark."""
+        found = self._marked.get(mark, [])
+        return set(np.unique(root[np.concatenate(found)]).tolist()) if found else set()

@@ -16,6 +16,9 @@ from lightning_prune.errors import PlanError
 
 VERSION = 1
 
+#: Stands in ``PruningPlan.merged`` for a position that goes without another standing for it.
+NOWHERE = -1
+
 Member = tuple[str, int]
 
 
@@ -54,6 +57,10 @@ class PruningPlan:
         outputs: those keys that are a layer's output channels, for printing.
         numbers: module attributes that no tensor of the module tells -> their new value.
         renormalised: norms (by the name of their scale) that take their statistics over fewer channels afterwards.
+        merged: for keys whose positions go into others instead of nowhere: for every dense position the one that
+            stands for it afterwards (itself, where it stays; -1 where it just goes).
+        summed: those keys of ``merged`` that are a layer's input channels; there a position that goes is added to the
+            one that stands for it. Along the other keys both are taken to be alike.
 
     Raises:
         PlanError: for positions that are out of range, repeated, not ascending or none at all.
@@ -72,20 +79,22 @@ class PruningPlan:
     outputs: tuple[Member, ...] = ()
     numbers: Mapping[str, int] = field(default_factory=dict)
     renormalised: tuple[str, ...] = ()
+    merged: Mapping[Member, tuple[int, ...]] = field(default_factory=dict)
+    summed: tuple[Member, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value in (("kept", self.kept), ("sizes", self.sizes), ("numbers", self.numbers)):
-            object.__setattr__(self, name, dict(sorted(value.items())))
-        for name in ("outputs", "renormalised"):
-            object.__setattr__(
-                self, name, tuple(sorted(tuple(v) if isinstance(v, list) else v for v in getattr(self, name)))
-            )
-        if not set(self.outputs) <= self.kept.keys():
-            raise PlanError("A plan can print the widths of no other dims than those that it cuts.")
+        for name in ("kept", "sizes", "numbers", "merged"):
+            object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
+        for name in ("outputs", "renormalised", "summed"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
         if self.kept.keys() != self.sizes.keys():
             raise PlanError("A plan needs the dense size of exactly the dims that it cuts.")
+        if not {*self.outputs, *self.merged} <= self.kept.keys() or not set(self.summed) <= self.merged.keys():
+            raise PlanError("A plan can print, merge or sum along no other dims than those that it cuts.")
         for member, positions in self.kept.items():
             _check(member, positions, self.sizes[member])
+        for member, targets in self.merged.items():
+            _check_targets(member, targets, self.kept[member], self.sizes[member])
 
     def widths(self) -> dict[str, tuple[int, int]]:
         """Layer -> number of output channels before and after."""
@@ -122,6 +131,8 @@ class PruningPlan:
             "outputs": [list(member) for member in self.outputs],
             "numbers": dict(self.numbers),
             "renormalised": list(self.renormalised),
+            "merged": [[*member, list(targets)] for member, targets in self.merged.items()],
+            "summed": [list(member) for member in self.summed],
         }
         return json.dumps(whole, sort_keys=True)
 
@@ -140,8 +151,13 @@ class PruningPlan:
             kept = {(name, dim): tuple(cut["kept"]) for name, dim, cut in entries}
             sizes = {(name, dim): cut["size"] for name, dim, cut in entries}
             outputs = tuple((name, dim) for name, dim in whole["outputs"])
-            return cls(kept, sizes, whole["signature"], outputs, whole["numbers"], tuple(whole["renormalised"]))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            merged = {(name, dim): tuple(targets) for name, dim, targets in whole["merged"]}
+            summed = tuple((name, dim) for name, dim in whole["summed"])
+            rest = whole["numbers"], tuple(whole["renormalised"]), merged, summed
+            return cls(kept, sizes, whole["signature"], outputs, *rest)
+        except PlanError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"This is not a pruning plan: {type(error).__name__} {error}.") from error
 
     def __hash__(self) -> int:
@@ -164,6 +180,12 @@ def _check(member: Member, positions: Sequence[int], size: int) -> None:
     if positions[0] < 0 or positions[-1] >= size:
         outermost = f"{positions[0]}..{positions[-1]}"
         raise PlanError(f"The positions kept along {where} must lie in 0..{size - 1}, not {outermost}.")
+
+
+def _check_targets(member: Member, targets: Sequence[int], kept: Sequence[int], size: int) -> None:
+    stays = set(kept)
+    if len(targets) != size or not set(targets) <= {*stays, NOWHERE} or any(targets[i] != i for i in kept):
+        raise PlanError(f"Every position along dim {member[1]} of {member[0]!r} must be merged into one that stays.")
 
 
 def kept_channels(size: int, ratio: float, *, unit: int = 1, round_to: int = 1, keep_at_least: int = 1) -> int:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import ProofError
-from lightning_prune.structure.plan import PruningPlan, layer_of, named_tensors
+from lightning_prune.structure.plan import NOWHERE, PruningPlan, layer_of, named_tensors
 from lightning_prune.structure.replica import arguments, quiet_room, replica
 from lightning_prune.structure.surgery import check_fits, prune_
 from lightning_prune.structure.watch import operator_name
@@ -46,6 +46,7 @@ class Proof:
 def masked_state(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
     """Copies of the parameters and buffers that the plan cuts, with zeros wherever it keeps nothing.
 
+    Where the plan merges, what goes becomes instead a copy of what stands for it; whoever reads both stays as it is.
     Of a weight under weight normalisation only the length is set to zero: a direction of zeros would divide by zero.
     """
     tensors, directions = named_tensors(model), _directions(model)
@@ -57,6 +58,10 @@ def masked_state(model: nn.Module, plan: PruningPlan) -> dict[str, Tensor]:
             out = state[name] if name in state else tensors[name].detach().clone()
             gone = torch.ones(out.shape[dim], dtype=torch.bool, device=out.device)
             gone[torch.tensor(positions, device=out.device)] = False
+            if (name, dim) in plan.merged:
+                into = torch.tensor(plan.merged[name, dim], device=out.device)
+                out = out if (name, dim) in plan.summed else out.index_select(dim, into.clamp_min(0))
+                gone = into == NOWHERE
             state[name] = out.index_fill_(dim, gone.nonzero().flatten(), 0)
     return state
 

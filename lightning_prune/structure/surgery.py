@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,17 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim import Optimizer
 
 from lightning_prune.errors import PlanError
-from lightning_prune.structure.plan import PruningPlan, named_tensors, signature
+from lightning_prune.structure.plan import NOWHERE, PruningPlan, named_tensors, signature
 
-Cuts = dict[int, Tensor]
+
+class Cut(NamedTuple):
+    """What stays along one dim and, where positions are added to others, to which."""
+
+    kept: Tensor
+    into: Tensor | None
+
+
+Cuts = dict[int, Cut]
 
 
 def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
@@ -50,10 +58,12 @@ def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable
     tensors = named_tensors(model)
     cuts: dict[str, Cuts] = {}
     for (name, dim), positions in plan.kept.items():
-        cuts.setdefault(name, {})[dim] = torch.tensor(positions, device=tensors[name].device)
+        device = tensors[name].device
+        into = torch.tensor(plan.merged[name, dim], device=device) if (name, dim) in plan.summed else None
+        cuts.setdefault(name, {})[dim] = Cut(torch.tensor(positions, device=device), into)
     depthwise = {name for name, module in model.named_modules() if _is_depthwise(module)}
     with torch.no_grad(), _all_or_nothing() as undo:
-        slim = {name: _cut(tensors[name], cut) for name, cut in cuts.items()}
+        slim = {name: _cut(tensors[name], cut, merging=True) for name, cut in cuts.items()}
         homes = _homes_of_buffers(model)
         states = [_slim_state(optimizer, tensors[name], cut) for name, cut in cuts.items() for optimizer in optimizers]
         for name, tensor in slim.items():
@@ -80,11 +90,14 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
         raise PlanError(f"The plan was made for another model than this {type(model).__name__} (signatures differ).")
 
 
-def _cut(tensor: Tensor, cut: Cuts) -> Tensor:
+def _cut(tensor: Tensor, cuts: Cuts, merging: bool) -> Tensor:
     """The kept positions, in fresh contiguous memory of the tensor's own layout."""
     out = tensor.detach()
-    for dim, positions in cut.items():
-        out = out.index_select(dim, positions)
+    for dim, (kept, into) in cuts.items():
+        if merging and into is not None:
+            whence = (into != NOWHERE).nonzero().flatten()
+            out = torch.zeros_like(out).index_add_(dim, into[whence], out.index_select(dim, whence))
+        out = out.index_select(dim, kept)
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
         out = out.contiguous(memory_format=torch.channels_last)
     return out
@@ -152,7 +165,8 @@ def _set(module: nn.Module, attribute: str, value: Any, undo: list[Callable[[], 
 def _slim_state(optimizer: Optimizer, parameter: Tensor, cut: Cuts) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The optimiser's state of one parameter with its new contents: what has the parameter's shape is cut along.
 
-    State of another shape (factored or blocked statistics) can't be cut; the optimiser starts it anew.
+    Merged positions keep the state of the one that stands for them. State of another shape (factored or blocked
+    statistics) can't be cut; the optimiser starts it anew.
     """
     state = optimizer.state.get(parameter)
     if not state:
@@ -160,7 +174,7 @@ def _slim_state(optimizer: Optimizer, parameter: Tensor, cut: Cuts) -> list[tupl
     held = [value for value in state.values() if isinstance(value, Tensor) and value.dim()]
     if any(value.shape != parameter.shape for value in held):
         return [(state, {})]
-    whole = {key: _cut(v, cut) if isinstance(v, Tensor) and v.dim() else v for key, v in state.items()}
+    whole = {key: _cut(v, cut, merging=False) if isinstance(v, Tensor) and v.dim() else v for key, v in state.items()}
     return [(state, whole)]
 
 

@@ -201,6 +201,10 @@ class Watcher(TorchDispatchMode):
                     if axis is not None:
                         self.labels.pin(axis.labels, "Its channels are the network's output.")
 
+    def from_data(self, tensor: Tensor) -> bool:
+        """Whether a tensor (whose axes are known) was computed from the network's input."""
+        return self._known[id(tensor)].from_data
+
     def is_own(self, tensor: Tensor) -> bool:
         """Whether this is a parameter or buffer of the model itself."""
         return id(tensor) in self._names

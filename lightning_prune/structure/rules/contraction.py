@@ -114,10 +114,11 @@ def linear(call: Call) -> list[Axes]:
 
 def _product(call: Call, a: Tensor, b: Tensor) -> Axes:
     left, right = call.axes(a), call.axes(b)
+    weighted = not (call.watcher.from_data(a) and call.watcher.from_data(b))
     if b.dim() == 1:
-        contract(call, left[-1], right[0])
+        contract(call, left[-1], right[0], weighted)
         return left[:-1]
-    contract(call, left[-1], right[-2])
+    contract(call, left[-1], right[-2], weighted)
     if a.dim() == 1:
         return (*right[:-2], right[-1])
     batch = []
@@ -170,7 +171,7 @@ def attention(call: Call) -> list[Axes]:
     if call.kwargs.get("scale") is None:
         call.pin(q[-1], "set the scale of an attention")
         call.pin(k[-1], "set the scale of an attention")
-    contract(call, q[-1], k[-1])
+    contract(call, q[-1], k[-1], weighted=False)
     mask = call.arg(3, "attn_mask")
     for axis in (k[-2], v[-2], *(call.axes(mask) if mask is not None else ())):
         call.pin(axis, "are what an attention looks at")

@@ -408,6 +408,8 @@ def weight_norm(call: Call) -> list[Axes]:
     if dim >= 0:
         axes[dim] = together(call, [axes[dim], call.axes(size)[dim]], True, FIXED_PARTNER)
     for k, axis in enumerate(axes):
+        if axis is not None and k != dim:
+            call.labels.mark(axis.labels, "bound")
         if axis is not None and not axis.vanishes and k != dim:
             call.pin(axis, "enter the length of a weight")
     return [tuple(axes)]

@@ -72,7 +72,7 @@ def group_norm(call: Call) -> list[Axes]:
         call.pin(channels, "are normalised together without a scale of their own")
     elif channels is not None:
         couple(call, channels.labels, groups)
-        call.labels.renormalise(channels.labels)
+        call.labels.mark(channels.labels, "renormalised")
     axes[1] = _affine(call, channels, scale, shift)
     return [tuple(axes)]
 
@@ -92,5 +92,5 @@ def layer_norm(call: Call) -> list[Axes]:
         return [(*axes[: len(axes) - len(shape)], *(None,) * len(shape))]
     out = _affine(call, normed[0], scale, shift)
     if out is not None:
-        call.labels.renormalise(out.labels)
+        call.labels.mark(out.labels, "renormalised")
     return [(*(axis and Axis(axis.labels, False) for axis in axes[:-1]), out)]

@@ -20,7 +20,9 @@ def _reduced(call: Call, dims: object, keepdim: bool, zeros_pass: bool, zeros_st
     axes = call.axes(source)
     for dim in gone:
         axis = axes[dim] if rank else None
-        if axis is not None and not (zeros_pass and axis.vanishes):
+        if axis is not None and zeros_pass and axis.vanishes:
+            call.labels.mark(axis.labels, "bound")
+        else:
             call.pin(axis, "are taken together")
     kept: list[Axis | None] = []
     for dim, axis in enumerate(axes):

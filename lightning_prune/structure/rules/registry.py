@@ -44,10 +44,12 @@ def together(call: Call, axes: Sequence[Axis | None], vanishes: bool, why: str) 
     return Axis(first, vanishes)
 
 
-def contract(call: Call, a: Axis | None, b: Axis | None) -> None:
-    """Two dims that are multiplied position by position and summed over."""
+def contract(call: Call, a: Axis | None, b: Axis | None, weighted: bool = True) -> None:
+    """Two dims that are multiplied position by position and summed over; ``weighted``: one of them is a weight's."""
     if a is not None and b is not None and (a.vanishes or b.vanishes):
         call.labels.unite(a.labels, b.labels)
+        if not weighted:
+            call.labels.mark(a.labels, "bound")
         return
     why = "are summed over with something that does not vanish" if a and b else "meet positions that are fixed"
     call.pin(a, why)
