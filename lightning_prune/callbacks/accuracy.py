@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_prune.callbacks.neighbours import is_keeper
+from lightning_prune.callbacks.neighbours import callbacks_of, is_keeper
 from lightning_prune.errors import ConfigurationError
 
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_current_fx", "_first_loop_iter")
@@ -113,13 +113,13 @@ def validation_pass(trainer: Trainer, monitor: str) -> float | None:
 
 @contextmanager
 def _validating(trainer: Trainer) -> Iterator[None]:
-    stage, callbacks = trainer.state.stage, trainer.callbacks
-    trainer.callbacks = [cb for cb in callbacks if not is_keeper(cb)]
+    stage, callbacks = trainer.state.stage, callbacks_of(trainer)
+    vars(trainer)["callbacks"] = [cb for cb in callbacks if not is_keeper(cb)]
     trainer.validating = True
     try:
         yield
     finally:
-        trainer.state.stage, trainer.callbacks = stage, callbacks
+        trainer.state.stage, vars(trainer)["callbacks"] = stage, callbacks
 
 
 @contextmanager

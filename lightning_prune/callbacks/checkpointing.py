@@ -60,7 +60,7 @@ def detach_(pl_module: LightningModule) -> None:
         return
     for name in _HOOKS:
         hook = vars(pl_module).get(name)
-        if _is_ours(hook):
+        if isinstance(hook, partial) and _is_ours(hook):
             inner = hook.args[1]
             delattr(pl_module, name)
             if getattr(inner, "__func__", None) is not getattr(type(pl_module), name):

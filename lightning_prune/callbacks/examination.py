@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lightning_prune.callbacks.accuracy import AccuracyColumns
 from lightning_prune.callbacks.operation import on_first_rank, run_together
 from lightning_prune.reports.cost import Cost, count_cost
 from lightning_prune.reports.latency import Latency, measure_latency
@@ -19,10 +18,11 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Look(NamedTuple):
-    """What a network costs; latency at each batch size."""
+    """What a network costs, its latency at each batch size, and why any of that is missing."""
 
     cost: Cost
     latency: tuple[Latency, ...]
+    warnings: tuple[str, ...]
 
 
 class Examination(NamedTuple):
@@ -50,35 +50,47 @@ def examine(
     return Examination(proof, on_first_rank(trainer, lambda: look(network, inputs, batches)))
 
 
-def look(network: nn.Module, inputs: Inputs, batches: Sequence[int]) -> Look:
-    """Count and measure a network as it is."""
-    args, kwargs = inputs
-    latency = tuple(measure_latency(network, args, kwargs or None, batch=batch) for batch in batches)
-    return Look(count_cost(network, args, kwargs or None), latency)
-
-
 def conclude(
-    trainer: Trainer,
-    network: nn.Module,
-    plan: PruningPlan,
-    inputs: Inputs,
-    seen: Examination,
-    columns: AccuracyColumns,
-    batches: Sequence[int],
+    trainer: Trainer, network: nn.Module, plan: PruningPlan, inputs: Inputs, seen: Examination, monitor: str | None
 ) -> PruningReport | None:
     """Look at the slim network and write everything down, on rank 0. Every rank has to call it."""
-    slim = on_first_rank(trainer, lambda: look(network, inputs, batches))
-    if seen.dense is None or slim is None:
-        return None
-    return PruningReport(
-        layers=[(name, before, after) for name, (before, after) in plan.widths().items()],
-        cost_before=seen.dense.cost,
-        cost_after=slim.cost,
-        latency_before=seen.dense.latency,
-        latency_after=slim.latency,
-        monitor=columns.monitor,
-        accuracy=columns.complete(),
-        error=seen.proof.error,
-        tolerance=seen.proof.tolerance,
-        renormalised=list(plan.renormalised),
-    )
+
+    def write_down() -> PruningReport | None:
+        dense = seen.dense
+        if dense is None:
+            return None
+        slim = look(network, inputs, [latency.batch for latency in dense.latency])
+        return PruningReport(
+            layers=[(name, before, after) for name, (before, after) in plan.widths().items()],
+            cost_before=dense.cost,
+            cost_after=slim.cost,
+            latency_before=dense.latency if len(slim.latency) == len(dense.latency) else (),
+            latency_after=slim.latency,
+            monitor=monitor,
+            error=seen.proof.error,
+            tolerance=seen.proof.tolerance,
+            renormalised=plan.renormalised,
+            warnings=tuple(dict.fromkeys((*dense.warnings, *slim.warnings))),
+        )
+
+    return on_first_rank(trainer, write_down)
+
+
+def look(network: nn.Module, inputs: Inputs, batches: Sequence[int]) -> Look:
+    """Count and measure a network as it is. What can't be done is said: a report must not stop a training run."""
+    args, kwargs = inputs
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    cost, latency, warnings = Cost(0, parameters, ("everything",)), list[Latency](), []
+    try:
+        cost = count_cost(network, args, kwargs or None)
+    except Exception as error:
+        warnings.append(f"MACs could not be counted: {_first_line(error)}.")
+    try:
+        latency = [measure_latency(network, args, kwargs or None, batch=batch) for batch in batches]
+    except Exception as error:
+        warnings.append(f"Latency could not be measured: {_first_line(error)}.")
+    return Look(cost, tuple(latency), tuple(warnings))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,23 +99,6 @@ class FinetuneStage:
         # What LightningCLI builds from YAML is a partial as well.
         given = self.scheduler.keywords if isinstance(self.scheduler, partial) else {}
         return tuple(name for name in _LENGTHS if given.get(name) == ALL_THAT_REMAIN)
-
-
-def remaining_steps(trainer: Trainer, batches_done: int) -> int:
-    """Optimiser steps from now to the end of the run; -1 where the run has no end.
-
-    Args:
-        trainer: between two batches.
-        batches_done: how many batches of the current epoch lie behind.
-    """
-    bounds: list[float] = []
-    batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
-    if trainer.max_epochs is not None and trainer.max_epochs != -1 and batches != math.inf:
-        later_epochs = trainer.max_epochs - trainer.current_epoch - 1
-        bounds.append(math.ceil((batches - batches_done) / window) + math.ceil(batches / window) * later_epochs)
-    if trainer.max_steps != -1:
-        bounds.append(trainer.max_steps - trainer.global_step)
-    return max(0, int(min(bounds))) if bounds else -1
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Callable, Iterator
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
@@ -16,9 +16,15 @@ from torch.optim.swa_utils import AveragedModel
 _STOP_HOOKS = ("on_validation_end", "on_train_epoch_end")
 
 
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """All callbacks, in the order in which their hooks are called."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from afar
+    return callbacks
+
+
 def average_models(trainer: Trainer) -> Iterator[nn.Module]:
     """The copies of the LightningModule that weight-averaging callbacks (EMA, SWA) keep."""
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             yield average.module if isinstance(average, AveragedModel) else average
@@ -29,7 +35,7 @@ def forget_dense_scores_(trainer: Trainer) -> None:
 
     Checkpoint files of the dense network stay on disk; they no longer count among the ``save_top_k``.
     """
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
             _forget_best_stop_(callback)
         elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
@@ -70,7 +76,7 @@ class StopGuard:
     def raise_(self, trainer: Trainer) -> None:
         """Guard every EarlyStopping of this trainer."""
         self.lift_()
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             if isinstance(callback, EarlyStopping):
                 self._guarded.append(callback)
                 for name in _STOP_HOOKS:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,9 +18,11 @@ from torch.optim import Optimizer
 from lightning_prune.callbacks.accuracy import AccuracyColumns
 from lightning_prune.callbacks.base import PruningCallback, Regulariser
 from lightning_prune.callbacks.checkpointing import attach_, detach_
+from lightning_prune.callbacks.decision import Decision, decide
 from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
-from lightning_prune.callbacks.finetune import FinetuneStage, remaining_steps
-from lightning_prune.callbacks.neighbours import StopGuard
+from lightning_prune.callbacks.finetune import FinetuneStage
+from lightning_prune.callbacks.horizon import another_epoch_starts, remaining_steps
+from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of
 from lightning_prune.callbacks.operation import held_parameters, on_first_rank, operate_, refuse_orphans
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.report import PruningReport
@@ -30,23 +31,7 @@ from lightning_prune.structure import PruningPlan
 from lightning_prune.structure.replica import replica
 
 
-class _Decision(NamedTuple):
-    """What goes: group name -> channels, and the same as a plan for one submodule."""
-
-    removal: dict[str, tuple[int, ...]]
-    module: str
-    plan: PruningPlan
-
-    def to_plain(self) -> dict[str, Any]:
-        """The same in values that torch loads with ``weights_only=True``."""
-        removal = {group: list(channels) for group, channels in self.removal.items()}
-        return {"removal": removal, "module": self.module, "plan": self.plan.to_json()}
-
-    @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> _Decision:
-        """Reads what :meth:`to_plain` wrote."""
-        removal = {group: tuple(channels) for group, channels in values["removal"].items()}
-        return cls(removal, values["module"], PruningPlan.from_json(values["plan"]))
+_LOG_WIDTH = 110
 
 
 class StructuralPruning(PruningCallback):
@@ -112,9 +97,10 @@ class StructuralPruning(PruningCallback):
     def _forget(self) -> None:
         """Everything that belongs to one training, at its beginning."""
         self._done = False
-        self._decision: _Decision | None = None
+        self._decision: Decision | None = None
         self._remaining = -1
         self._is_late = False
+        self._has_warned = False
         self._dense: nn.Module | None = None
         self._columns = AccuracyColumns(self.monitor)
         self._report: PruningReport | None = None
@@ -146,14 +132,14 @@ class StructuralPruning(PruningCallback):
         if self._fit is not None and self._fit != fit:
             self._forget()
         self._fit = fit
-        self._partners = [callback for callback in trainer.callbacks if isinstance(callback, Regulariser)]
+        self._partners = [callback for callback in callbacks_of(trainer) if isinstance(callback, Regulariser)]
         if not self._partners:
             raise ConfigurationError(
                 "StructuralPruning found no regulariser among the trainer's callbacks; add one, such as GReg1."
             )
-        if sum(isinstance(callback, StructuralPruning) for callback in trainer.callbacks) > 1:
+        if sum(isinstance(callback, StructuralPruning) for callback in callbacks_of(trainer)) > 1:
             raise ConfigurationError("A trainer takes one StructuralPruning; it serves all of the regularisers.")
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._refuse_bad_times(trainer)
 
     def _refuse_bad_times(self, trainer: Trainer) -> None:
@@ -199,10 +185,10 @@ class StructuralPruning(PruningCallback):
         """Surgery, if it is due and no epoch start follows, or the last one was no occasion."""
         # Before super's: the base begins to watch this batch, and it should watch the slim network.
         between_windows = batch_idx % trainer.accumulate_grad_batches == 0
-        if between_windows and self._is_due(trainer):
-            # A resumed run may begin with the first batch, without its epoch's start.
-            if batch_idx == 0 or self._is_late or not _another_epoch_starts(trainer, batch_idx):
-                self._operate(trainer, pl_module, batches_done=batch_idx)
+        # A resumed run may begin with the first batch, without its epoch's start.
+        no_other_chance = batch_idx == 0 or self._is_late or not another_epoch_starts(trainer, batch_idx)
+        if self._is_due(trainer) and between_windows and no_other_chance:
+            self._operate(trainer, pl_module, batches_done=batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -238,24 +224,13 @@ class StructuralPruning(PruningCallback):
         if inputs is not None and seen is not None:
             self._conclude(trainer, pl_module, inputs, seen)
 
-    def _decide_together(self, trainer: Trainer) -> _Decision | None:
+    def _decide_together(self, trainer: Trainer) -> Decision | None:
         found = on_first_rank(trainer, self._decide)
         received = trainer.strategy.broadcast(None if found is None else found.to_plain())
-        return None if received is None else _Decision.from_plain(received)
+        return None if received is None else Decision.from_plain(received)
 
-    def _decide(self) -> _Decision | None:
-        """The regularisers' choices as one plan; ``None`` where this process can't translate them yet."""
-        removal: dict[str, tuple[int, ...]] = {}
-        for partner in self._partners:
-            for group, channels in partner.removal().items():
-                if group in removal:
-                    raise ConfigurationError(f"Two regularisers have picked channels of {group!r}; let one ignore it.")
-                removal[group] = tuple(channels)
-        graph, name = self.capture.graph, self.capture.name
-        if graph is not None and name is not None:
-            return _Decision(removal, name, graph.plan(removal))
-        loaded = self._decision
-        return loaded if loaded is not None and loaded.removal == removal else None
+    def _decide(self) -> Decision | None:
+        return decide(self._partners, self.capture, self._decision)
 
     def _begin_stage(self, trainer: Trainer, pl_module: LightningModule, held: list[str]) -> None:
         parameters = dict(pl_module.named_parameters())
@@ -272,7 +247,7 @@ class StructuralPruning(PruningCallback):
         if self._decision is None:
             return
         network, plan = pl_module.get_submodule(self._decision.module), self._decision.plan
-        self._report = conclude(trainer, network, plan, inputs, seen, self._columns, self.latency_batches)
+        self._report = conclude(trainer, network, plan, inputs, seen, self.monitor)
         self._publish(trainer, is_first=True)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -309,16 +284,26 @@ class StructuralPruning(PruningCallback):
             return
         self._report = replace(self._report, accuracy=self._columns.complete())
         if self.report_file is not None:
-            self._report.write(Path(folder) / self.report_file)
+            self._write(Path(folder) / self.report_file, self._report)
         if is_first:
-            Console().print(surgery_table(self._report))
+            # Where nobody tells the width (a log file), enough for the table.
+            console = Console() if Console().is_terminal else Console(width=_LOG_WIDTH)
+            console.print(surgery_table(self._report))
+
+    def _write(self, path: Path, report: PruningReport) -> None:
+        try:
+            report.write(path)
+        except OSError as error:
+            if not self._has_warned:
+                rank_zero_warn(f"The pruning report can't be written to {path}: {error}; training goes on.")
+            self._has_warned = True
 
     # The end.
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if nothing has been pruned."""
         super().on_train_end(trainer, pl_module)
-        if not self._done and not trainer.fast_dev_run:
+        if not self._done and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             phases = ", ".join(f"{type(partner).__name__}: {partner.phase}" for partner in self._partners)
             rank_zero_warn(f"The run has ended before the surgery ({phases}); the model is still dense.")
 
@@ -354,7 +339,7 @@ class StructuralPruning(PruningCallback):
         super().load_state_dict(state_dict)
         self._done, self._remaining = bool(state_dict["done"]), int(state_dict["remaining"])
         saved = state_dict["decision"]
-        self._decision = None if saved is None else _Decision.from_plain(saved)
+        self._decision = None if saved is None else Decision.from_plain(saved)
         self._columns.values = dict(state_dict["accuracy"])
         report = state_dict["report"]
         self._report = None if report is None else PruningReport.from_json(report)
@@ -367,14 +352,3 @@ class StructuralPruning(PruningCallback):
             except (PlanError, ConfigurationError):  # a regulariser hasn't picked yet
                 decision = None
         return None if decision is None else decision.to_plain()
-
-
-def _another_epoch_starts(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether another epoch follows the one whose batch ``batch_idx`` is about to begin, as far as limits can tell."""
-    if trainer.max_epochs is not None and trainer.max_epochs != -1 and trainer.current_epoch + 1 >= trainer.max_epochs:
-        return False
-    batches = trainer.num_training_batches
-    if batches == math.inf:
-        return False
-    steps = math.ceil((batches - batch_idx) / trainer.accumulate_grad_batches)
-    return trainer.max_steps == -1 or trainer.global_step + steps < trainer.max_steps
