@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +17,7 @@ from torch.utils.benchmark import Timer
 from lightning_prune.reports.batches import resized
 from lightning_prune.structure.replica import arguments, quiet_room, replica
 
-_LEAST_REPEATS = 5
+_LEAST_SAMPLES, _SAMPLES = 5, 25
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Latency:
 
     Args:
         median_ms: median, milliseconds per batch.
-        iqr_ms: interquartile range, milliseconds per batch.
+        iqr_ms: interquartile range, milliseconds per batch, of samples that average over a few passes.
         batch: samples in the batch.
         device: kind and name of the device.
         threads: threads that torch may use for one operator on the CPU.
@@ -69,10 +70,13 @@ def measure_latency(
         "network(*args, **named)", globals={"network": network, "args": args, "named": named}, num_threads=threads
     )
     with quiet_room():
-        once = timer.timeit(1).mean  # warms up as well
-        measured = timer.blocked_autorange(min_run_time=max(min_seconds, _LEAST_REPEATS * once))
-    repeats = measured.number_per_run * len(measured.raw_times)
-    return Latency(measured.median * 1e3, measured.iqr * 1e3, batch, device_name(model), threads, repeats)
+        once = timer.timeit(2).mean
+        samples = max(_LEAST_SAMPLES, min(_SAMPLES, int(min_seconds / once)))
+        passes = max(1, round(min_seconds / samples / once))
+        times = [timer.timeit(passes).mean * 1e3 for _ in range(samples)]
+    quarters = statistics.quantiles(times, n=4, method="inclusive")
+    spread = quarters[2] - quarters[0]
+    return Latency(statistics.median(times), spread, batch, device_name(model), threads, passes * samples)
 
 
 def device_name(model: nn.Module) -> str:
