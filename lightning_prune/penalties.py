@@ -6,6 +6,7 @@ No autograd graph is built: the gradients are known in closed form and are hande
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,3 +63,166 @@ def slices(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
     mask = torch.zeros(weight.shape[dim], dtype=weight.dtype, device=weight.device)
     mask[indices.reshape(-1).to(weight.device)] = 1
     return mask.view([-1 if axis == dim % weight.dim() else 1 for axis in range(weight.dim())])
+
+
+def masked_l1(scales: Sequence[Tensor], strengths: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    r"""Absolute values of the scales that will go, each with its own strength, and the subgradient.
+
+    .. math:: P(\gamma) = \sum_i \lambda_i \lvert \gamma_i \rvert, \qquad
+        \partial P / \partial \gamma_i = \lambda_i \, \mathrm{sign}(\gamma_i), \quad \mathrm{sign}(0) = 0
+
+    MaskSparsity's strengths are :math:`\lambda m` with a mask :math:`m` that is one where a channel will go and zero
+    elsewhere, so that the scales that stay are not touched at all. All ones is network slimming.
+
+    Args:
+        scales: any shapes; normalisation weights :math:`\gamma`, or their biases.
+        strengths: :math:`\lambda \ge 0`, one per scale and of a shape that broadcasts to it.
+
+    Returns:
+        The scalar value, and the subgradients in the scales' shapes.
+
+    Source: Jiang et al., Pruning-aware Sparse Regularization for Network Pruning, Machine Intelligence Research 2023,
+    arXiv 2201.06776.
+
+    >>> masked_l1([torch.tensor([-2.0, 3.0, 0.0])], [torch.tensor([0.5, 0.0, 0.5])])
+    (tensor(1.), [tensor([-0.5000, 0.0000, 0.0000])])
+    """
+    plain = [scale.detach() for scale in scales]
+    gradients = list(torch._foreach_mul(torch._foreach_sign(plain), list(strengths)))
+    return _inner(plain, gradients), gradients
+
+
+@torch.no_grad()
+def soft_threshold_(scales: Sequence[Tensor], amounts: Sequence[Tensor]) -> None:
+    r"""Move scales towards zero by an amount and not beyond it: :func:`masked_l1` for adaptive optimisers.
+
+    .. math:: \gamma \leftarrow \mathrm{sign}(\gamma) \max(\lvert \gamma \rvert - a, 0), \qquad a = \eta \lambda
+
+    Adam divides a subgradient by its own size, so that no strength makes a scale collapse; after the step the amount
+    counts in full, and what reaches zero is exactly zero.
+
+    Args:
+        scales: changed in place.
+        amounts: :math:`a \ge 0`, one per scale and of a shape that broadcasts to it.
+
+    >>> scale = torch.tensor([-2.0, 3.0, 0.25])
+    >>> soft_threshold_([scale], [torch.tensor([0.5, 0.0, 0.5])])
+    >>> scale
+    tensor([-1.5000,  3.0000,  0.0000])
+    """
+    for scale, amount in zip(scales, amounts, strict=True):
+        scale.sub_(torch.clamp(scale, min=-amount, max=amount))
+
+
+def gram_decorrelation(
+    weights: Sequence[Tensor],
+    pruned: Sequence[Tensor],
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    strength: float = 1.0,
+) -> tuple[Tensor, list[Tensor]]:
+    r"""Inner products of the filters that will go with all filters of their layer, and the gradient.
+
+    With :math:`P` the filters that will go, :math:`K` the others and :math:`N` filters in all,
+
+    .. math::
+
+        R(W) = \frac{\lambda}{N^2} \left( 2 \lVert W_P W_K^\top \rVert_F^2 + \lVert W_P W_P^\top \rVert_F^2 \right),
+        \qquad \frac{\partial R}{\partial W_P} = \frac{4 \lambda}{N^2} W_P W^\top W,
+        \qquad \frac{\partial R}{\partial W_K} = \frac{4 \lambda}{N^2} W_K W_P^\top W_P
+
+    What the kept filters compute no longer depends on the others then, so that their removal leaves the network
+    trainable. Products of kept filters among themselves are neither penalised nor computed. ``sum`` leaves out the
+    :math:`1 / N^2`. Equal shapes are computed together, in float32 at least, also under autocast.
+
+    Args:
+        weights: shapes ``(N, ...)``, one filter per entry of the first dimension.
+        pruned: filter numbers of shape ``(n,)`` without repetition, one tensor per weight; ``n`` may be 0.
+        reduction: ``mean`` over the Gram matrix, which produced the published numbers, or ``sum``.
+        strength: :math:`\lambda`.
+
+    Returns:
+        The scalar value summed over the weights, and the gradients in their shapes and dtypes.
+
+    Source: Wang and Fu, Trainability Preserving Neural Pruning, ICLR 2023, arXiv 2207.12534, and its published code.
+
+    >>> weight = torch.tensor([[1.0, 1.0], [2.0, 0.0]])
+    >>> gram_decorrelation([weight], [torch.tensor([1])], reduction="sum")
+    (tensor(24.), [tensor([[16.,  0.],
+            [40.,  8.]])])
+    """
+    batches: dict[tuple[Any, ...], list[int]] = {}
+    for place, (weight, rows) in enumerate(zip(weights, pruned, strict=True)):
+        if rows.numel():
+            key = (weight.shape[0], weight.numel(), rows.numel(), weight.dtype, weight.device)
+            batches.setdefault(key, []).append(place)
+    gradients: dict[int, Tensor] = {}
+    values = []
+    for (filters, _, _, dtype, device), places in batches.items():
+        factor = strength / filters**2 if reduction == "mean" else strength
+        with torch.autocast(device.type, enabled=False):
+            stacked = torch.stack([weights[place].detach().reshape(filters, -1) for place in places])
+            rows = torch.stack([pruned[place].to(device) for place in places])
+            value, gradient = _decorrelation(stacked.to(torch.promote_types(dtype, torch.float32)), rows, factor)
+        values.append(value)
+        for place, single in zip(places, gradient.to(dtype).unbind(), strict=True):
+            gradients[place] = single.reshape(weights[place].shape)
+    # a layer that loses nothing is not pulled at
+    whole = [
+        gradients[place] if place in gradients else torch.zeros_like(weight.detach())
+        for place, weight in enumerate(weights)
+    ]
+    return _total(values, weights), whole
+
+
+def cluster_pull(
+    weights: Sequence[Tensor], averages: Sequence[Tensor], *, strength: float
+) -> tuple[Tensor, list[Tensor]]:
+    r"""Squared distance of every channel to the mean of its cluster, and the gradient.
+
+    .. math:: P(W) = \tfrac{\epsilon}{2} \lVert W - M W \rVert_F^2, \qquad
+        \partial P / \partial W = \epsilon \, (W - M W)
+
+    The gradient is that of the formula because :math:`M` is a projection: :math:`(I - M)^\top (I - M) = I - M`. It
+    sums to zero within each cluster, so the means move as without it.
+
+    Args:
+        weights: any shapes ``(C, ...)``.
+        averages: :math:`M W`, one per weight: :func:`lightning_prune.clusters.average` of it.
+        strength: :math:`\epsilon`.
+
+    Returns:
+        The scalar value, and the gradients in the weights' shapes.
+
+    Source: Ding et al., Centripetal SGD, CVPR 2019, arXiv 1904.03837.
+
+    >>> cluster_pull([torch.tensor([1.0, 4.0, 3.0])], [torch.tensor([2.0, 4.0, 2.0])], strength=0.5)
+    (tensor(0.5000), [tensor([-0.5000,  0.0000,  0.5000])])
+    """
+    apart = torch._foreach_sub([weight.detach() for weight in weights], list(averages))
+    gradients = list(torch._foreach_mul(apart, strength))
+    return 0.5 * _inner(apart, gradients), gradients
+
+
+def _decorrelation(weight: Tensor, rows: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Value and gradients of a batch: weights ``(L, N, D)``, pruned rows ``(L, n)``."""
+    index = rows.unsqueeze(2).expand(-1, -1, weight.shape[2])
+    gone = weight.gather(1, index)
+    products = torch.bmm(gone, weight.mT)
+    among = products.gather(2, rows.unsqueeze(1).expand(-1, rows.shape[1], -1))
+    value = factor * (2 * products.square().sum() - among.square().sum())
+    gradient = torch.bmm(products.mT, gone).scatter_(1, index, torch.bmm(products, weight))
+    return value, gradient.mul_(4 * factor)
+
+
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Sum of all entrywise products; each tensor's in its own dtype, their total in float32 at least."""
+    return _total([torch.sum(one * other) for one, other in zip(left, right, strict=True)], left)
+
+
+def _total(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Sum of scalars in float32 at least; zero on the weights' device where there are none."""
+    if not parts:
+        like = weights[0].detach() if len(weights) else torch.zeros(())
+        return like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
+    return torch.stack([part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]).sum()
