@@ -376,6 +376,8 @@ class Regulariser(PruningCallback):
             )
         self._parameters = dict(graph.model.named_parameters(remove_duplicate=False))
         self._aim(self._picked or {name: range(group.size) for name, group in self._groups.items()})
+        if not self._targets:
+            raise ConfigurationError(f"{self._label} finds no parameter to penalise in {', '.join(self._groups)}.")
         aimed = {id(target.parameter) for target in self._targets}
 
         def held(optimizer: Optimizer) -> int:
@@ -407,7 +409,7 @@ class Regulariser(PruningCallback):
                 "must stay below 1; lower one of them."
             )
         exponent = self._schedule.exponent(dynamics)
-        if self.epochs is not None and exponent < ENOUGH:
+        if self.epochs is not None and exponent < ENOUGH and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"{self._label}: too few optimiser steps ({self._schedule.length}) for the channels to collapse: the "
                 f"penalty alone shrinks a weight to exp(-{exponent:.1f}), exp(-{ENOUGH:.0f}) is needed; give more "
@@ -480,7 +482,8 @@ class Regulariser(PruningCallback):
             raise ConfigurationError(
                 f"epochs={self.epochs} needs a known number of batches per epoch; set limit_train_batches to one."
             )
-        return per_epoch * self.epochs
+        # a dry run has fewer steps than any schedule needs
+        return max(per_epoch * self.epochs, 2) if trainer.fast_dev_run else per_epoch * self.epochs  # type: ignore[attr-defined]
 
     def _fits(self, trainer: Trainer, schedule: Schedule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -39,7 +39,7 @@ class _GReg(Regulariser):
 
     def reach(self, group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
         """Coupled: everything that leaves with a channel. Else as published: the producing weights alone."""
-        return group.members if self.coupled else group.outputs
+        return group.members if self.coupled else _weights(group)
 
     def update(self, step: int) -> None:
         """Set every group's strength, and the coefficients where any has changed."""
@@ -144,7 +144,7 @@ class _GReg(Regulariser):
             group = self._groups[name]
             stay = torch.ones(group.size, dtype=torch.bool)
             stay[list(removed)] = False
-            for member, dim in group.outputs:
+            for member, dim in _weights(group):
                 parameter = self._parameters.get(member)
                 if parameter is not None:
                     rows[id(parameter)] = slices(parameter, dim, group.index[member, dim][stay])
@@ -171,7 +171,7 @@ class _GReg(Regulariser):
             l1(self._parameters[member].movedim(dim, 0))[
                 group.index[member, dim].to(self._parameters[member].device)
             ].mean(dim=1)
-            for member, dim in group.outputs
+            for member, dim in _weights(group)
             if member in self._parameters
         ]
         score = torch.stack(scores).mean(dim=0)
@@ -327,6 +327,11 @@ class GReg2(_GReg):
         for name, over in reached.items():
             if over:
                 self._stopped.setdefault(name, event)
+
+
+def _weights(group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
+    """The weights that the papers regularise and rank: the producing ones, the consuming ones where none produces."""
+    return group.outputs or group.inputs
 
 
 def _constants(epochs: int | None, schedule: Any, published: Mapping[str, Any]) -> Any:

@@ -571,8 +571,10 @@ def test_a_stage_too_short_to_collapse_is_said_to_be() -> None:
         fit(GReg1(0.5, epochs=1), seeded(linear_net), feature_loader(8), max_epochs=1)
 
 
-def test_a_dry_run_needs_no_room_for_the_schedule() -> None:
-    fit(GReg1(0.5, schedule="cifar"), seeded(linear_net), feature_loader(8), fast_dev_run=True)
+@BOTH
+@pytest.mark.parametrize("length", [{"schedule": "cifar"}, {"epochs": 1}, {"epochs": 5, "start": 2}])
+def test_a_dry_run_needs_no_room_for_the_schedule(method: Any, length: dict[str, Any]) -> None:
+    fit(method(0.5, **length), seeded(linear_net), feature_loader(8), fast_dev_run=True)
 
 
 def test_presets_are_the_published_constants() -> None:

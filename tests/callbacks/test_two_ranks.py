@@ -1,0 +1,36 @@
+"""Two ranks decide alike, stay equal, and train as one rank does with the same global batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(folder: Path, strategy: str, devices: int) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.callbacks.two_ranks", str(folder), strategy, str(devices)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return [torch.load(folder / f"{strategy}-{devices}-{rank}.pt", weights_only=True) for rank in range(devices)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(tmp_path_factory.mktemp("alone"), "auto", 1)[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
+def test_two_ranks_are_one(strategy: str, alone: dict[str, Any], tmp_path: Path) -> None:
+    first, second = launch(tmp_path, strategy, 2)
+    assert first["picked"] == second["picked"] == alone["picked"]
+    assert first["stopped"] == second["stopped"] == alone["stopped"] != {}
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first["weights"], alone["weights"], strict=True))
