@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_prune.callbacks.operation import on_first_rank, run_together
+from lightning_prune.reports.batches import resized
 from lightning_prune.reports.cost import Cost, count_cost
 from lightning_prune.reports.latency import Latency, measure_latency
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.structure import Proof, PruningPlan, prove
+
+SAMPLES = 16
+"""How much of a batch the proof looks at."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -45,9 +50,28 @@ def examine(
     Raises:
         ProofError: the slim network would not compute what the masked one does, on some rank.
     """
-    args, kwargs = inputs
-    proof = run_together(trainer, lambda: prove(network, plan, args, kwargs or None, tolerance))
+    proof = run_together(trainer, lambda: _prove(network, plan, inputs, tolerance))
     return Examination(proof, on_first_rank(trainer, lambda: look(network, inputs, batches)))
+
+
+def _prove(network: nn.Module, plan: PruningPlan, inputs: Inputs, tolerance: float | None) -> Proof:
+    """On a few samples; on the whole batch where the network doesn't work, or the proof fails, with a part of it."""
+    few = _few(inputs)
+    try:
+        return prove(network, plan, few[0], few[1] or None, tolerance)
+    except Exception:
+        if few is inputs:
+            raise
+    return prove(network, plan, inputs[0], inputs[1] or None, tolerance)
+
+
+def _few(inputs: Inputs) -> Inputs:
+    # The proof runs in double precision, twice: a large batch would cost minutes and show no more.
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not tensors or tensors[0].shape[0] <= SAMPLES:
+        return inputs
+    few: Inputs = resized(inputs, SAMPLES)
+    return few
 
 
 def conclude(

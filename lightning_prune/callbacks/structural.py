@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.accuracy import AccuracyColumns
-from lightning_prune.callbacks.base import PruningCallback, Regulariser
+from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.checkpointing import attach_, detach_
 from lightning_prune.callbacks.decision import Decision, decide
 from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
@@ -24,6 +24,7 @@ from lightning_prune.callbacks.finetune import FinetuneStage
 from lightning_prune.callbacks.horizon import another_epoch_starts, remaining_steps
 from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of
 from lightning_prune.callbacks.operation import held_parameters, on_first_rank, operate_, refuse_orphans
+from lightning_prune.callbacks.watching import PruningCallback
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.reports.tables import surgery_table

@@ -26,12 +26,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_prune.callbacks import operation
+from lightning_prune.callbacks import examination, operation
 from lightning_prune.callbacks.greg import GReg1, GReg2
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, ProofError, PruningError
 from lightning_prune.reports.report import PruningReport
-from lightning_prune.structure import load_slim, masked_state, save_slim
+from lightning_prune.structure import choose, load_slim, masked_state, save_slim, trace
 from tests.callbacks.nets import image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
 from tests.callbacks.slimming import BATCHES, Picker, Residual, Run, Task, Watch, assert_equal, run, weights
@@ -283,6 +283,24 @@ def test_a_network_that_cant_be_counted_is_pruned_all_the_same(tmp_path: Path, m
     assert (report.cost_before.parameters, report.latency_before) == (1452, ())
 
 
+def test_the_proof_looks_at_a_few_samples_and_at_all_where_it_must() -> None:
+    class AtLeast(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.net, self.count = seeded(Residual), count
+
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) < self.count:
+                raise ValueError("Too few samples.")
+            return self.net(images)
+
+    for needed, batch, seen in ((1, 8, 8), (1, 40, 16), (40, 40, 40)):
+        network, images = AtLeast(needed), torch.randn(batch, 3, 6, 6)
+        plan = choose(trace(network, images))
+        proof = examination._prove(network, plan, ((images,), {}), None)
+        assert proof.outputs == len(proof.modes) * seen * 4
+
+
 def test_the_slim_file_brings_it_back(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.surgery.plan is not None
@@ -495,16 +513,28 @@ def test_failures_of_other_ranks_are_raised_here() -> None:
 def test_two_processes_stay_equal(tmp_path: Path) -> None:
     """DDP over gloo, launched as scripts, with several of DDP's options; ddp_script.py asserts the rest."""
     command = [sys.executable, str(HERE / "ddp_script.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=HERE.parents[1], check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=HERE.parents[1], check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert len(lines) == 8
-    by_option: dict[str, list[Any]] = {}
-    for line in lines:
-        by_option.setdefault(line.pop("option"), []).append(line)
-    for pair in by_option.values():
-        assert pair[0] == pair[1]
-        assert pair[0]["widths"] == [8] * 6 + [4] * 6
+    found: dict[str, list[Any]] = {}
+    for line in (tmp_path / "out.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        found.setdefault(values.pop("option"), []).append(values)
+    errors = found.pop("failing rank")
+    assert all(len(pair) == 2 and pair[0] == pair[1] for pair in found.values())
+    for option in ("default", "find_unused", "static_graph", "bucket_view"):
+        assert found[option][0]["widths"] == [8] * 6 + [4] * 6
+        assert found[option][0]["plan"] == "conv1  8 -> 4"
+    for epoch in (2, 3):
+        assert found[f"resumed from epoch {epoch}"][0] == {"equal": True, "plan": "conv1  8 -> 4"}
+    assert sorted((error["error"], error["says"], error["width"]) for error in errors) == [
+        ("ProofError", "It departs here.", 8),
+        ("PruningError", "Surgery failed on rank 1: ProofError: It departs here.", 8),
+    ]
+
+
+def test_a_dry_run_goes_through(tmp_path: Path) -> None:
+    result = run(tmp_path, fast_dev_run=2)
+    assert (result.watch.widths, result.surgery.plan) == ([8, 8], None)
 
 
 def test_command_line_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
