@@ -44,7 +44,9 @@ class ResidualNet(nn.Module):
 
     def __init__(self, channels: int = 1, width: int = 32, stages: int = 2, blocks: int = 2, classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.blocks = nn.Sequential()
         inputs = width
         for stage in range(stages):

@@ -69,7 +69,12 @@ class CIFAR10(LightningDataModule):
         """Shuffled."""
         alive = self.workers > 0
         return DataLoader(
-            self.train, self.batch_size, shuffle=True, drop_last=True, num_workers=self.workers, persistent_workers=alive
+            self.train,
+            self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.workers,
+            persistent_workers=alive,
         )
 
     def val_dataloader(self) -> DataLoader[Any]:

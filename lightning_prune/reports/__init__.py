@@ -1,1 +1,8 @@
 """What pruning did, measured: looks at models, never changes them."""
+
+from lightning_prune.reports.cost import Cost, count_cost
+from lightning_prune.reports.latency import Latency, measure_latency
+from lightning_prune.reports.report import PruningReport
+from lightning_prune.reports.tables import surgery_table
+
+__all__ = ["Cost", "Latency", "PruningReport", "count_cost", "measure_latency", "surgery_table"]

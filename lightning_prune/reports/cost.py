@@ -93,7 +93,7 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
 
 @contextmanager
 def _silence(name: str) -> Iterator[None]:
-    """fvcore logs every operator and module it doesn't count; the caller gets the operators as data instead."""
+    """Keep a logger quiet: fvcore logs what it doesn't count, and our caller gets that as data."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

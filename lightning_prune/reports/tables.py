@@ -20,10 +20,11 @@ def surgery_table(report: PruningReport) -> Table:
     ['16', '1.264 M', '900']
     """
     table = Table(title="From dense to slim", caption=_caption(report), caption_justify="left", title_justify="left")
-    for header in ("", "before", "after", "change"):
-        table.add_column(header, justify="right" if header else "left", no_wrap=True)
+    table.add_column("channels", overflow="fold")
+    for header in ("before", "after", "change"):
+        table.add_column(header, justify="right", no_wrap=True)
     for name, old, new in report.layers:
-        table.add_row(f"channels of {name}", str(old), str(new), _percent(old, new))
+        table.add_row(name, str(old), str(new), _percent(old, new))
     table.add_section()
     before, after = report.cost_before, report.cost_after
     table.add_row("MACs per sample", _count(before.macs), _count(after.macs), _percent(before.macs, after.macs))
@@ -32,15 +33,15 @@ def surgery_table(report: PruningReport) -> Table:
     )
     for dense, slim in zip(report.latency_before, report.latency_after, strict=True):
         change = _percent(dense.median_ms, slim.median_ms)
-        table.add_row(f"latency at batch {dense.batch}, ms", _milliseconds(dense), _milliseconds(slim), change)
+        table.add_row(f"latency, batch {dense.batch}, ms", _milliseconds(dense), _milliseconds(slim), change)
     if report.monitor is not None:
         table.add_section()
         for label, first, second in (
             ("dense -> finetuned", "dense", "finetuned"),
-            ("just before -> right after surgery", "before", "after"),
+            ("before -> after surgery", "before", "after"),
         ):
             values = report.accuracy[first], report.accuracy[second]
-            table.add_row(f"{report.monitor}: {label}", *map(_metric, values), _difference(*values))
+            table.add_row(f"{report.monitor}, {label}", *map(_metric, values), _difference(*values))
     return table
 
 
