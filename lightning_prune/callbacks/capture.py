@@ -45,6 +45,7 @@ class Capture:
         self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._depth = 0
         self._handles: list[RemovableHandle] = []
+        self._stance: Any = None
         self._watching = False
 
     @property
@@ -75,6 +76,9 @@ class Capture:
             return
         self._watching = True
         self._depth = 0
+        if self._graph is None and self._stance is None and hasattr(torch.compiler, "set_stance"):
+            # a compiled module would run past the hooks: the first batch runs without its compiler
+            self._stance = torch.compiler.set_stance("force_eager")
         if not self._handles:
             names = dict(self._pl_module.named_modules()) if self._graph is None else {self._name or "": self.module}
             for name, module in names.items():
@@ -102,11 +106,13 @@ class Capture:
         device = next((p.device.type for p in self.module.parameters()), "cpu")
         with torch.autocast(device, enabled=False):
             self._graph = structure.trace(self.module, args, kwargs or None)
+        self._compile_again()
         self._watch(self._name, self.module)
 
     def close(self) -> None:
         """Remove every hook and let go of the batch."""
         self._unhook()
+        self._compile_again()
         self._calls.clear()
         self._inputs = None
         self._watching = False
@@ -160,6 +166,11 @@ class Capture:
                 self._depth -= 1
 
         return leave
+
+    def _compile_again(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
 
     def _unhook(self) -> None:
         for handle in self._handles:

@@ -206,6 +206,24 @@ def test_under_ddp_the_wrappers_own_call_is_not_the_users(tmp_path: Any) -> None
     assert watched(Forwards(linear_net()), strategy="ddp", default_root_dir=tmp_path).capture.name == ""
 
 
+@pytest.mark.parametrize("how", ["the child", "the child in place", "the whole module"])
+def test_compiled_modules_are_seen_too(how: str) -> None:
+    """A hook inside a compiled call would be passed by, so the first batch runs without the compiler."""
+    built = Classifier(seeded(linear_net))
+    whole: Any = built
+    if how == "the child":
+        built.net = torch.compile(built.net, backend="eager")  # type: ignore[assignment]
+    elif how == "the child in place":
+        built.net.compile(backend="eager")
+    else:
+        whole = torch.compile(built, backend="eager")
+    watcher = Watcher()
+    trainer(watcher).fit(whole, feature_loader(3))
+    assert watcher.capture.name == "net" and watcher.capture.graph is not None
+    assert len(watcher.capture.graph.groups) == 2
+    assert hooks(built) == 0
+
+
 def test_without_a_fit_there_is_no_capture() -> None:
     with pytest.raises(ConfigurationError, match="belongs to no fit"):
         _ = Watcher().capture
