@@ -23,7 +23,7 @@ class Cost:
 
     Args:
         macs: multiply-adds (MACs) of one sample in evaluation mode, as fvcore counts them: convolutions, matrix
-            products and attention, and one per element for norms and adaptive pooling.
+            products and attention, and a few per element for norms and adaptive pooling.
         parameters: number of parameters, tied ones once.
         uncounted: operators that fvcore has no rule for, sorted; most of them are elementwise.
     """
