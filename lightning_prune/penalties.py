@@ -37,11 +37,8 @@ def weighted_l2(weights: Sequence[Tensor], strengths: Sequence[Tensor]) -> tuple
     """
     plain = [weight.detach() for weight in weights]
     gradients = list(torch._foreach_mul(plain, list(strengths)))
-    parts = [torch.sum(weight * gradient) for weight, gradient in zip(plain, gradients, strict=True)]
-    # half precision weights are summed over the tensors in float32
-    return 0.5 * torch.stack(
-        [part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
-    ).sum(), gradients
+    parts = [_dot(weight, gradient) for weight, gradient in zip(plain, gradients, strict=True)]
+    return 0.5 * torch.stack(parts).sum(), gradients
 
 
 def slices(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
@@ -226,3 +223,11 @@ def _total(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         like = weights[0].detach() if len(weights) else torch.zeros(())
         return like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
     return torch.stack([part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]).sum()
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Inner product, in at least single precision; without a copy where memory allows."""
+    wide = torch.promote_types(first.dtype, torch.float32)
+    if first.is_contiguous() and second.is_contiguous() and first.dtype == wide:
+        return torch.dot(first.view(-1), second.view(-1))
+    return torch.sum(first * second, dtype=wide)
