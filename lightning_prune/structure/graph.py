@@ -204,9 +204,11 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
             raise TraceError(f"The model can't be watched: {_statement(error)}.") from error
     solution = watcher.labels.solve()
     graph = _graph(model, watcher, solution)
-    while graph.groups and (
-        pins := probe(watcher, solution, graph, replica(model, device), *to_device((args, named), device))
-    ):
+
+    def fresh() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        return replica(model, device), *to_device((args, named), device)
+
+    while graph.groups and (pins := probe(watcher, solution, graph, fresh)):
         for labels, reason in pins:
             watcher.labels.pin(labels, reason)
         solution = watcher.labels.solve()
@@ -317,15 +319,30 @@ def _named_apart(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 def _pinned(watcher: Watcher, solution: Solution) -> dict[str, str]:
     """Layers some of whose output channels can't go."""
     pinned: dict[str, str] = {}
-    for number, (name, _) in enumerate(watcher.labels.dims):
-        if watcher.roles.get(number, set()) & {"outputs", "through"}:
+    tensors = named_tensors(watcher.model)
+    for number, (name, dim) in enumerate(watcher.labels.dims):
+        roles = watcher.roles.get(number, set())
+        # a weight without a role has gone through operators that know none
+        unknown = not roles and dim == 0 and name.endswith("weight") and tensors[name].dim() > 1
+        if name not in watcher.used:
+            if name.endswith("weight"):
+                pinned.setdefault(layer_of(name), "It is not used by this forward pass.")
+        elif roles & {"outputs", "through"} or unknown:
             roots = solution.root[watcher.labels.starts[number] : watcher.labels.starts[number + 1]]
             held = [root for root in roots.tolist() if root in solution.reasons]
             if held:
                 some = "" if len(held) == len(roots) else f" (This holds for {len(held)} of its {len(roots)} channels.)"
                 pinned.setdefault(layer_of(name), solution.reasons[held[0]] + some)
-        elif name not in watcher.used and name.endswith("weight"):
-            pinned.setdefault(layer_of(name), "It is not used by this forward pass.")
+    return _under_all_names(watcher.model, pinned)
+
+
+def _under_all_names(model: nn.Module, pinned: dict[str, str]) -> dict[str, str]:
+    """Layers that share a parameter share its reason."""
+    first = {id(parameter): layer_of(name) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        layer = first[id(parameter)]
+        if layer in pinned and name.endswith("weight"):
+            pinned.setdefault(layer_of(name), pinned[layer])
     return pinned
 
 

@@ -1,14 +1,16 @@
 """Does Python agree? A trial cut, run operator by operator beside the sizes that the labels foretell.
 
 A graph knows sizes as numbers; Python may work them out anew (``C // heads``), or may have them written down
-(``view(-1, 512)``). The trial removes a different share of every group, so that no two sizes agree by chance. Where
+(``view(-1, 512)``). A few trials remove other shares of every group, so that no two sizes agree by chance. Where
 an operator fails, gives another size than foretold or is fed another number, its channels are pinned, and the pass
 goes on with a tensor of the foretold size: one pass finds all such places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.structure.labels import Axes, Axis, Ints, Solution
+from lightning_prune.structure.plan import PruningPlan
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.surgery import prune_
 from lightning_prune.structure.watch import (
@@ -42,14 +45,33 @@ def probe(
     watcher: Watcher,
     solution: Solution,
     graph: ChannelGraph,
+    fresh: Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]],
+) -> Pins:
+    """What else must be pinned, with reasons; nothing where the model runs as foretold in all trials.
+
+    Args:
+        watcher: of the dense pass.
+        solution: of its labels.
+        graph: what would be offered.
+        fresh: makes a copy of the dense model to cut, and the arguments of its forward.
+    """
+    for removed in _trials(graph):
+        pins = _try(watcher.records, _leaving(watcher, solution, graph, removed), graph.plan(removed), *fresh())
+        if pins:
+            return pins
+    return []
+
+
+def _try(
+    records: list[Record],
+    leaving: NDArray[np.bool_],
+    plan: PruningPlan,
     trial: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Pins:
-    """What else must be pinned, with reasons; nothing where the model ran as foretold. ``trial`` is used up."""
-    removed = _unequal(graph)
-    prune_(trial, graph.plan(removed))
-    prober = Prober(watcher.records, _leaving(watcher, solution, graph, removed))
+    prune_(trial, plan)
+    prober = Prober(records, leaving)
     failure = ""
     with quiet_room():
         try:
@@ -58,21 +80,32 @@ def probe(
         except Exception as error:  # the user's own checks may raise anything
             failure = " ".join(str(error).split())[:200] or type(error).__name__
             prober.blame_next(f"Its channels are counted by the model's own code ({failure}).")
-    if prober.pins or (not failure and prober.complete):
+    if prober.pins or (not failure and prober.complete and not prober.failed):
         return prober.pins
-    everything = np.flatnonzero(prober.leaving)
+    everything = np.flatnonzero(leaving)
     return [(everything, f"The model does not run with fewer channels ({failure or 'it takes another way'}).")]
 
 
-def _unequal(graph: ChannelGraph) -> dict[str, list[int]]:
-    """Channels that go in the trial: between a fifth and two thirds of a group, another share than its neighbours."""
+def _trials(graph: ChannelGraph) -> Iterator[dict[str, list[int]]]:
+    """Channels that go, a trial at a time: no two groups of one size lose equally many in all of them.
+
+    The counts of a group over the trials are the digits of a random number to the base of its size, another number
+    for every group of that size; none is zero in all digits. Two trials do, unless very small groups are many.
+    """
     generator = np.random.default_rng(0)
-    shares = np.linspace(0.2, 0.67, 7)
-    removed = {}
-    for number, group in enumerate(graph.groups):
-        count = min(max(1, round(shares[number * 3 % 7] * group.size)), group.size - 1)
-        removed[group.name] = generator.permutation(group.size)[:count].tolist()
-    return removed
+    sizes = Counter(group.size for group in graph.groups)
+    trials = max(2, *(math.ceil(math.log(count + 1, size) + 1e-9) for size, count in sizes.items()))
+    numbers = {
+        size: generator.choice(min(size**trials, 2**31) - 1, size=count, replace=False) + 1
+        for size, count in sizes.items()
+    }
+    codes = {size: iter(chosen.tolist()) for size, chosen in numbers.items()}
+    code = {group.name: next(codes[group.size]) for group in graph.groups}
+    for trial in range(trials):
+        yield {
+            group.name: generator.permutation(group.size)[: code[group.name] // group.size**trial % group.size].tolist()
+            for group in graph.groups
+        }
 
 
 def _leaving(
@@ -98,6 +131,7 @@ class Prober(TorchDispatchMode):
         self.pins: Pins = []
         self.position = 0
         self.astray = False
+        self.failed = False
 
     @property
     def complete(self) -> bool:
@@ -147,6 +181,7 @@ class Prober(TorchDispatchMode):
 
     def _blame(self, tensors: tuple[Axes, ...], reason: str) -> None:
         """Pin what leaves along these dims; where nothing does, the size was read off a tensor a little earlier."""
+        self.failed = True
         earlier = self.position - 1
         while not (guilty := self._leaving_along(tensors)) and earlier >= 0:
             tensors = (*self.records[earlier].inputs, *self.records[earlier].outputs)

@@ -200,13 +200,28 @@ def _renumber(module: nn.Module, depthwise: bool, undo: list[Callable[[], None]]
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):  # its weight is a plain attribute, made anew before each forward
             hook(module, None)
-    for kinds, numbers in NUMBERS:
-        if isinstance(module, kinds):
-            for attribute, value in numbers(module, depthwise).items():
-                _set(module, attribute, value, undo)
-            break
+    with _looking(module):
+        for kinds, numbers in NUMBERS:
+            if isinstance(module, kinds):
+                for attribute, value in numbers(module, depthwise).items():
+                    _set(module, attribute, value, undo)
+                break
     if isinstance(module, nn.RNNBase):
         module.flatten_parameters()
+
+
+@contextmanager
+def _looking(module: nn.Module) -> Iterator[None]:
+    """Parametrized weights are computed when they are read; in evaluation mode that leaves no trace."""
+    steps = list(getattr(module, "parametrizations", nn.Module()).modules())
+    modes = [step.training for step in steps]
+    for step in steps:
+        step.training = False
+    try:
+        yield
+    finally:
+        for step, mode in zip(steps, modes, strict=True):
+            step.training = mode
 
 
 def _convolution(module: Any, depthwise: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_prune.structure.labels import Axes, Axis
-from lightning_prune.structure.rules.registry import contract, couple, optional, rule, together
+from lightning_prune.structure.rules.registry import contract, couple, optional, rule, shifted, together
 
 if TYPE_CHECKING:
     from lightning_prune.structure.watch import Call
@@ -50,8 +50,8 @@ def convolution(call: Call) -> list[Axes]:
         out = _depthwise(call, channels, rows, columns)
     else:
         out = _grouped(call, channels, rows, columns, groups)
-    out = _bias(call, out, bias)
-    return [(*axes[: -space - 1], out, *(None,) * space)]
+    batch = axes[: -space - 1] if bias is None else shifted(axes[: -space - 1])
+    return [(*batch, _bias(call, out, bias), *(None,) * space)]
 
 
 def _depthwise(call: Call, channels: Axis | None, rows: Axis | None, columns: Axis | None) -> Axis | None:
@@ -98,8 +98,8 @@ def transposed(call: Call) -> list[Axes]:
         if groups > 1 and rows is not None:
             couple(call, rows.labels, groups)
         out = columns and Axis(np.tile(columns.labels, groups), columns.vanishes)
-    out = _bias(call, out, bias)
-    return [(*axes[: -space - 1], out, *(None,) * space)]
+    batch = axes[: -space - 1] if bias is None else shifted(axes[: -space - 1])
+    return [(*batch, _bias(call, out, bias), *(None,) * space)]
 
 
 @rule("linear")
@@ -109,7 +109,7 @@ def linear(call: Call) -> list[Axes]:
     axes, (rows, columns) = call.axes(source), call.axes(weight)
     _roles(call, rows, columns)
     contract(call, axes[-1], columns)
-    return [(*axes[:-1], _bias(call, rows, bias))]
+    return [(*(axes[:-1] if bias is None else shifted(axes[:-1])), _bias(call, rows, bias))]
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> Axes:
@@ -155,12 +155,14 @@ def product_and_sum(call: Call) -> list[Axes]:
         return [(None,) * call.outputs[0].dim()]
     out = list(_product(call, a, b))
     for back, axis in enumerate(reversed(call.axes(bias)), start=1):
+        old = out[-back]
         if bias.shape[-back] != call.outputs[0].shape[-back]:
             call.pin(axis, "are stretched over another dim")
+            out[-back] = old and Axis(old.labels, vanishes=False)
             continue
-        old = out[-back]
         out[-back] = together(call, [old, axis], bool(old and old.vanishes and axis and axis.vanishes), FIXED_PARTNER)
-    return [tuple(out)]
+    rest = len(out) - bias.dim()
+    return [(*shifted(out[:rest]), *out[rest:])]
 
 
 @rule("scaled_dot_product_attention")
@@ -181,7 +183,7 @@ def attention(call: Call) -> list[Axes]:
         together(call, list(along), bool(along[2] and along[2].vanishes), FIXED_PARTNER)
         for along in zip(q[:-2], k[:-2], v[:-2], strict=True)
     ]
-    return [(*batch, q[-2], v[-1])]
+    return [(*batch, *shifted(q[-2:-1]), v[-1])]
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")

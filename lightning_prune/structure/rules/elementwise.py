@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_prune.structure.labels import Axes, Axis
-from lightning_prune.structure.rules.registry import rule, same, together
+from lightning_prune.structure.rules.registry import rule, same, shifted, together
 
 if TYPE_CHECKING:
     from lightning_prune.structure.watch import Call
@@ -45,15 +45,11 @@ def _combined(call: Call, product: bool) -> list[Axes]:
     return [tuple(_vanishing(axis, along, len(call.inputs), product) for axis, along in found)]
 
 
-def _lively(axes: Axes) -> Axes:
-    return tuple(axis and Axis(axis.labels, vanishes=False) for axis in axes)
-
-
 def pointwise(call: Call) -> list[Axes]:
     """Any pointwise operator: nothing is said about zeros."""
     if not call.inputs:
         return [(None,) * tensor.dim() for tensor in call.outputs]
-    return [_lively(tuple(axis for axis, _ in broadcast(call, call.inputs, out.shape))) for out in call.outputs]
+    return [shifted(tuple(axis for axis, _ in broadcast(call, call.inputs, out.shape))) for out in call.outputs]
 
 
 @rule("mul", "multiply")
@@ -159,7 +155,7 @@ def masked_fill(call: Call) -> list[Axes]:
 @rule("fill", "bernoulli", "uniform", "normal", "random", "exponential")
 def overwritten(call: Call) -> list[Axes]:
     """New contents that do not depend on the position."""
-    return [_lively(same(call))]
+    return [shifted(same(call))]
 
 
 @rule("prelu", "_prelu_kernel")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_prune.structure.labels import Axes, Axis, Ints
-from lightning_prune.structure.rules.registry import couple, fixed, positive, rule, spread, together
+from lightning_prune.structure.rules.registry import couple, fixed, positive, rule, shifted, spread, together
 
 if TYPE_CHECKING:
     from lightning_prune.structure.watch import Call
@@ -209,6 +209,8 @@ def split(call: Call) -> list[Axes]:
     sizes = [out.shape[dim] for out in call.outputs]
     if len(set(sizes)) == 1:
         couple(call, axis.labels, len(sizes))
+    else:
+        call.pin(axis, "are split unevenly")
     ends = np.cumsum(sizes)
     return [
         (*axes[:dim], Axis(axis.labels[end - size : end], axis.vanishes), *axes[dim + 1 :])
@@ -330,7 +332,10 @@ def pad(call: Call) -> list[Axes]:
     """New positions at the ends; constant ones are fixed and tie whatever they meet."""
     source, widths = call.inputs[0], list(call.arg(1, "pad"))
     axes = list(call.axes(source))
-    constant = call.name in ("constant_pad_nd", "pad") and call.arg(2, "mode", "constant") in ("constant", 0, 0.0, None)
+    constant = call.name == "constant_pad_nd" or (call.name == "pad" and call.arg(2, "mode", "constant") == "constant")
+    value = call.arg(3 if call.name == "pad" else 2, "value") if constant else None
+    if value:
+        axes = list(shifted(axes))
     for k in range(len(widths) // 2):
         before, after, axis = widths[2 * k], widths[2 * k + 1], axes[-k - 1]
         if axis is None or before == after == 0:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_prune.structure.labels import Axes, Axis
-from lightning_prune.structure.rules.registry import couple, optional, rule, together
+from lightning_prune.structure.rules.registry import couple, optional, rule, shifted, together
 
 if TYPE_CHECKING:
     from lightning_prune.structure.watch import Call
@@ -44,7 +44,7 @@ def batch_norm(call: Call) -> list[Axes]:
         if statistic is not None:
             zero = bool(axes[1] and axes[1].vanishes)
             axes[1] = together(call, [axes[1], optional(call, statistic)], zero, FIXED_PARTNER)
-    axes[1] = _affine(call, axes[1], scale, shift)
+    axes = [*shifted(axes[:1]), _affine(call, axes[1], scale, shift), *shifted(axes[2:])]
     return [tuple(axes), *((None,) * out.dim() for out in call.outputs[1:])]
 
 
@@ -73,8 +73,7 @@ def group_norm(call: Call) -> list[Axes]:
     elif channels is not None:
         couple(call, channels.labels, groups)
         call.labels.mark(channels.labels, "renormalised")
-    axes[1] = _affine(call, channels, scale, shift)
-    return [tuple(axes)]
+    return [(*shifted(axes[:1]), _affine(call, channels, scale, shift), *(None,) * len(axes[2:]))]
 
 
 @rule("layer_norm", "native_layer_norm")
@@ -89,8 +88,8 @@ def layer_norm(call: Call) -> list[Axes]:
             if tensor is not None:
                 call.pin(call.axes(tensor), "are normalised over several dims")
         call.pin(normed, "are normalised over several dims" if scale is not None else "are normalised without a scale")
-        return [(*axes[: len(axes) - len(shape)], *(None,) * len(shape))]
+        return [(*shifted(axes[: len(axes) - len(shape)]), *(None,) * len(shape))]
     out = _affine(call, normed[0], scale, shift)
     if out is not None:
         call.labels.mark(out.labels, "renormalised")
-    return [(*(axis and Axis(axis.labels, False) for axis in axes[:-1]), out)]
+    return [(*shifted(axes[:-1]), out)]

@@ -85,6 +85,11 @@ def optional(call: Call, tensor: Tensor | None) -> Axis | None:
     return call.axes(tensor)[0] if tensor is not None and tensor.dim() else None
 
 
+def shifted(axes: Sequence[Axis | None]) -> Axes:
+    """Dims along which something is added to every position, so that none is zero any more."""
+    return tuple(axis and Axis(axis.labels, vanishes=False) for axis in axes)
+
+
 def same(call: Call) -> Axes:
     """The output's dims are those of the first tensor read."""
     return call.axes(call.inputs[0])
