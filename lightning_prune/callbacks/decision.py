@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from lightning.pytorch import Trainer
+
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.capture import Capture
+from lightning_prune.callbacks.neighbours import callbacks_of
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure import PruningPlan
 
@@ -28,6 +31,20 @@ class Decision(NamedTuple):
         """Reads what :meth:`to_plain` wrote."""
         removal = {group: tuple(channels) for group, channels in values["removal"].items()}
         return cls(removal, values["module"], PruningPlan.from_json(values["plan"]))
+
+
+def find_partners(trainer: Trainer) -> list[Regulariser]:
+    """The regularisers among a trainer's callbacks.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    partners = [callback for callback in callbacks_of(trainer) if isinstance(callback, Regulariser)]
+    if not partners:
+        raise ConfigurationError(
+            "StructuralPruning found no regulariser among the trainer's callbacks; add one, such as GReg1."
+        )
+    return partners
 
 
 def decide(partners: Iterable[Regulariser], capture: Capture, loaded: Decision | None) -> Decision | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
+
+from lightning_prune.callbacks.base import Regulariser
+from lightning_prune.errors import ConfigurationError
 
 
 def remaining_steps(trainer: Trainer, batches_done: int) -> int:
@@ -33,3 +37,30 @@ def another_epoch_starts(trainer: Trainer, batches_done: int) -> bool:
         return False
     steps = math.ceil((batches - batches_done) / trainer.accumulate_grad_batches)
     return trainer.max_steps == -1 or trainer.global_step + steps < trainer.max_steps
+
+
+def refuse_bad_times(trainer: Trainer, partners: Sequence[Regulariser], at_epoch: int | None) -> None:
+    """Refuse a surgery that would come before the pick or after the end, as far as epochs can tell beforehand.
+
+    Args:
+        trainer: before its fit; a ``fast_dev_run`` ends before anything can happen, so everything goes there.
+        partners: the regularisers.
+        at_epoch: epoch of surgery where the user says so.
+
+    Raises:
+        ConfigurationError: in that case.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from afar
+        return
+    last_start = max(partner.start for partner in partners)
+    if at_epoch is not None and at_epoch <= last_start:
+        raise ConfigurationError(
+            f"at_epoch={at_epoch} must lie after epoch {last_start}, in which the last sparse stage begins."
+        )
+    ends = [partner.start + partner.epochs for partner in partners if partner.epochs is not None]
+    surgery = at_epoch if at_epoch is not None else max(ends, default=0)
+    if trainer.max_epochs is not None and trainer.max_epochs != -1 and surgery >= trainer.max_epochs:
+        raise ConfigurationError(
+            f"Surgery falls on the start of epoch {surgery}, but the run has epochs 0 to {trainer.max_epochs - 1} only;"
+            " raise the trainer's max_epochs."
+        )

@@ -5,34 +5,29 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.accuracy import AccuracyColumns
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.checkpointing import attach_, detach_
-from lightning_prune.callbacks.decision import Decision, decide
+from lightning_prune.callbacks.decision import Decision, decide, find_partners
 from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
 from lightning_prune.callbacks.finetune import FinetuneStage
-from lightning_prune.callbacks.horizon import another_epoch_starts, remaining_steps
+from lightning_prune.callbacks.horizon import another_epoch_starts, refuse_bad_times, remaining_steps
 from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of
 from lightning_prune.callbacks.operation import held_parameters, on_first_rank, operate_, refuse_orphans
+from lightning_prune.callbacks.publishing import Publisher
 from lightning_prune.callbacks.watching import PruningCallback
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.report import PruningReport
-from lightning_prune.reports.tables import surgery_table
 from lightning_prune.structure import PruningPlan
 from lightning_prune.structure.replica import replica
-
-
-_LOG_WIDTH = 110
 
 
 class StructuralPruning(PruningCallback):
@@ -91,6 +86,7 @@ class StructuralPruning(PruningCallback):
         self.report_file = report_file
         self._stage = FinetuneStage(finetune, finetune_optimizer, finetune_scheduler)
         self._guard = StopGuard()
+        self._publisher = Publisher(report_file)
         self._partners: list[Regulariser] = []
         self._fit: tuple[Any, Any] | None = None
         self._forget()
@@ -101,7 +97,6 @@ class StructuralPruning(PruningCallback):
         self._decision: Decision | None = None
         self._remaining = -1
         self._is_late = False
-        self._has_warned = False
         self._dense: nn.Module | None = None
         self._columns = AccuracyColumns(self.monitor)
         self._report: PruningReport | None = None
@@ -133,30 +128,10 @@ class StructuralPruning(PruningCallback):
         if self._fit is not None and self._fit != fit:
             self._forget()
         self._fit = fit
-        self._partners = [callback for callback in callbacks_of(trainer) if isinstance(callback, Regulariser)]
-        if not self._partners:
-            raise ConfigurationError(
-                "StructuralPruning found no regulariser among the trainer's callbacks; add one, such as GReg1."
-            )
         if sum(isinstance(callback, StructuralPruning) for callback in callbacks_of(trainer)) > 1:
             raise ConfigurationError("A trainer takes one StructuralPruning; it serves all of the regularisers.")
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._refuse_bad_times(trainer)
-
-    def _refuse_bad_times(self, trainer: Trainer) -> None:
-        starts = max(partner.start for partner in self._partners)
-        if self.at_epoch is not None and self.at_epoch <= starts:
-            raise ConfigurationError(
-                f"at_epoch={self.at_epoch} must lie after epoch {starts}, in which the last sparse stage begins."
-            )
-        ends = [partner.start + partner.epochs for partner in self._partners if partner.epochs is not None]
-        surgery = self.at_epoch if self.at_epoch is not None else max(ends, default=0)
-        last = trainer.max_epochs
-        if last is not None and last != -1 and surgery >= last:
-            raise ConfigurationError(
-                f"Surgery falls on the start of epoch {surgery}, but the run has epochs 0 to {last - 1} only;"
-                " raise the trainer's max_epochs."
-            )
+        self._partners = find_partners(trainer)
+        refuse_bad_times(trainer, self._partners, self.at_epoch)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a resume behind surgery, build the finetune stage's optimiser before its state loads."""
@@ -249,7 +224,10 @@ class StructuralPruning(PruningCallback):
             return
         network, plan = pl_module.get_submodule(self._decision.module), self._decision.plan
         self._report = conclude(trainer, network, plan, inputs, seen, self.monitor)
-        self._publish(trainer, is_first=True)
+        self._publish(trainer)
+        if self._report is not None and trainer.is_global_zero:
+            self._publisher.show(self._report)
+        self.capture.close()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The proof that a resumed run still owes."""
@@ -278,26 +256,11 @@ class StructuralPruning(PruningCallback):
     def _is_dense(self) -> bool:
         return all(partner.phase == "wait" for partner in self._partners)
 
-    def _publish(self, trainer: Trainer, is_first: bool = False) -> None:
-        """Write the report with the columns known so far; print it once."""
-        folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks
-        if self._report is None or not trainer.is_global_zero:
-            return
-        self._report = replace(self._report, accuracy=self._columns.complete())
-        if self.report_file is not None:
-            self._write(Path(folder) / self.report_file, self._report)
-        if is_first:
-            # Where nobody tells the width (a log file), enough for the table.
-            console = Console() if Console().is_terminal else Console(width=_LOG_WIDTH)
-            console.print(surgery_table(self._report))
-
-    def _write(self, path: Path, report: PruningReport) -> None:
-        try:
-            report.write(path)
-        except OSError as error:
-            if not self._has_warned:
-                rank_zero_warn(f"The pruning report can't be written to {path}: {error}; training goes on.")
-            self._has_warned = True
+    def _publish(self, trainer: Trainer) -> None:
+        """Write the report with the accuracy known so far."""
+        if self._report is not None:
+            self._report = replace(self._report, accuracy=self._columns.complete())
+        self._publisher.write(trainer, self._report)
 
     # The end.
 
@@ -320,7 +283,6 @@ class StructuralPruning(PruningCallback):
 
     def _let_go(self, pl_module: LightningModule) -> None:
         self._guard.lift_()
-        self._partners = []
         self._dense = None
         detach_(pl_module)
 
