@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_prune.errors import ConfigurationError
 
 Method = Literal["kmeans", "ward", "even", "imbalanced", "random"]
+Step = Callable[[Tensor, Tensor, int], Tensor]
 
 ITERATIONS = 20
 """Most iterations of k-means, and most rounds of single moves after it."""
@@ -228,10 +229,13 @@ def medoids(gram: Tensor, labels: Tensor) -> Tensor:
     >>> medoids(gram(torch.tensor([[[0.0], [1.0], [4.0], [9.0]]])), torch.tensor([[0, 0, 0, 1]]))
     tensor([[1, 1, 1, 3]])
     """
-    residual = _own(_distances(gram, labels, gram.shape[1])[1], labels)
-    nearest = residual.argsort(dim=1, stable=True)
-    best = _per_cluster(_rank(nearest), labels, gram.shape[1], "amin").gather(1, labels)
-    return nearest.gather(1, best)
+    channels = gram.shape[1]
+    residual = _own(_distances(gram, labels, channels)[1], labels)
+    least = _per_cluster(residual, labels, channels, "amin").gather(1, labels)
+    # both members of a pair are equally near, whatever the rounding
+    nearest = residual <= least + _slack(gram)
+    index = torch.arange(channels, device=labels.device).expand_as(labels)
+    return _per_cluster(index.where(nearest, channels), labels, channels, "amin").gather(1, labels)
 
 
 @torch.no_grad()
@@ -355,9 +359,7 @@ def _farthest_first(gram: Tensor, clusters: int) -> Tensor:
     return labels
 
 
-def _repeat(
-    step: Callable[[Tensor, Tensor, int], Tensor], gram: Tensor, labels: Tensor, clusters: int, iterations: int
-) -> Tensor:
+def _repeat(step: Step, gram: Tensor, labels: Tensor, clusters: int, iterations: int) -> Tensor:
     """Apply a step until nothing changes; on an accelerator that is asked every fifth time only."""
     every = 1 if gram.device.type == "cpu" else 5
     for iteration in range(1, iterations + 1):
@@ -477,13 +479,12 @@ def _add_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
     return sums.index_add_(0, index, rows) if rows.device.type == "cpu" else sums.index_put_((index,), rows, True)
 
 
-def _per_cluster(values: Tensor, labels: Tensor, clusters: int, reduce: str) -> Tensor:
-    """Values ``(L, C)`` reduced to ``(L, K)``; an empty cluster gets 0, or ``C`` where the smallest counts."""
-    fill = values.shape[1] if reduce == "amin" else 0
-    table = values.new_full((values.shape[0], clusters), fill)
+def _per_cluster(values: Tensor, labels: Tensor, clusters: int, reduce: Literal["sum", "amin"]) -> Tensor:
+    """Values ``(L, C)`` reduced to ``(L, K)``; the smallest of none is ``C``, or infinite."""
     if reduce == "sum":
         return _cluster_sums(values.unsqueeze(2), labels, clusters).squeeze(2)
-    return table.scatter_reduce_(1, labels, values, reduce)
+    none = torch.inf if values.is_floating_point() else values.shape[1]
+    return values.new_full((values.shape[0], clusters), none).scatter_reduce_(1, labels, values, "amin")
 
 
 def _own(distances: Tensor, labels: Tensor) -> Tensor:
