@@ -217,7 +217,8 @@ class Watcher(TorchDispatchMode):
 
     def _pin_unseen_branch(self) -> None:
         """Where Python looked at the data and layers stayed unused, another branch may read what was alive by then."""
-        if self._after_branch is not None and any(name not in self.used for name in self._names.values()):
+        unused = any(name not in self.used for name, _ in self.model.named_parameters())
+        if self._after_branch is not None and unused:
             for axis in (axis for axes in self._after_branch for axis in axes if axis is not None):
                 self.labels.pin(axis.labels, "Its channels may be read by a branch that depends on the data.")
 
