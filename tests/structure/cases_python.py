@@ -54,11 +54,11 @@ class CountedChannels(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.head = block(3, 8), block(8, 6), Head(6)
+        self.a, self.b, self.c, self.head = block(3, 8), block(8, 6), block(6, 6), Head(6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
-        return self.head(self.b(x) * x.shape[1] ** -0.5)
+        return self.head(self.c(self.b(x) * x.shape[1] ** -0.5))
 
 
 @case()

@@ -422,7 +422,7 @@ class ModulatedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
-        batch, channels, height, width = x.shape
+        batch, _, height, width = x.shape
         weight = self.weight[None] * (1 + self.style(x.mean((2, 3))))[:, None, :, None, None]
         weight = weight * torch.rsqrt(weight.pow(2).sum((2, 3, 4), keepdim=True) + 1e-8)
         y = F.conv2d(x.reshape(1, -1, height, width), weight.flatten(0, 1), padding=1, groups=batch)

@@ -163,7 +163,7 @@ def lines(shape: torch.Size, kept: Kept) -> list[Tensor]:
 
 @torch.no_grad()
 def mask_(model: nn.Module, kept: Mapping[str, Kept]) -> None:
-    """Zero every removed element, but no row of a weight-norm direction: there only the length may be zero (else 0/0)."""
+    """Zero every removed element, but no row of a weight-norm direction: only its length may be zero (else 0/0)."""
     named = tensors(model)
     for name, value in named.items():
         if value.dim() and value.is_floating_point():

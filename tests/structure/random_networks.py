@@ -440,6 +440,97 @@ class WeightNormed(Part):
 
 
 @part
+class TwoChunks(Part):
+    """Two pieces by ``chunk``, of which the second may be shorter, each with a layer of its own."""
+
+    def __init__(self, channels: int, number: int) -> None:
+        super().__init__(channels, 5)
+        half = (channels + 1) // 2
+        self.a, self.b = nn.Conv2d(half, 5, 1), nn.Conv2d(channels - half, 5, 1)
+        self.act = activation(number)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        return self.a(a) + self.act(self.b(b))
+
+
+@part
+class SumOver(Part):
+    """A sum over channels after a function that may not be zero at zero."""
+
+    def __init__(self, channels: int, number: int) -> None:
+        super().__init__(channels, channels + 1)
+        self.act, self.number = activation(number), number // 6 % 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(x)
+        if self.number == 0:
+            y = F.pad(y, (1, 0), value=0.5)[..., :-1]
+        if self.number == 1:
+            y = F.layer_norm(y, y.shape[-2:])
+        if self.number == 2:
+            y = torch.where(y > 0, y, torch.full_like(y, 0.25))
+        return torch.cat([y.sum(1, keepdim=True), x], 1)
+
+
+@part
+class Reshaped(Part):
+    """A layer whose result is read in the shape of something else."""
+
+    bodies = 1
+
+    def __init__(self, channels: int, number: int, body: Part) -> None:
+        super().__init__(channels, channels)
+        self.body, self.back = body, nn.Conv2d(body.outputs, channels, 1)
+        self.number = number % 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.back(F.adaptive_avg_pool2d(self.body(x), x.shape[-2:]))
+        if self.number == 0:
+            return y.tanh().reshape(x.shape)
+        if self.number == 1:
+            return y * x.shape[1] ** -0.5
+        return y.view(len(x), self.channels, *x.shape[2:])
+
+
+@part
+class IntoBatch(Part):
+    """Every channel by itself, or every pair, through a shared layer."""
+
+    def __init__(self, channels: int, number: int) -> None:
+        self.each = 2 if channels % 2 == 0 and number % 2 else 1
+        super().__init__(channels, channels // self.each * 2)
+        self.shared = nn.Conv2d(self.each, 2, 3, padding=1)
+        self.norm = nn.BatchNorm2d(2) if number % 3 == 0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shared(x.reshape(-1, self.each, *x.shape[2:]))
+        y = y if self.norm is None else self.norm(y)
+        return y.reshape(len(x), -1, *x.shape[2:])
+
+
+@part
+class Branches(Part):
+    """Bodies are stacked and weighed against each other, channel by channel."""
+
+    bodies = 2
+
+    def __init__(self, channels: int, number: int, left: Part, right: Part) -> None:
+        super().__init__(channels, 6)
+        self.left, self.right = left, right
+        self.a, self.b = nn.Conv2d(left.outputs, 6, 1), nn.Conv2d(right.outputs, 6, 1)
+        self.weigh, self.number = nn.Linear(6, 12), number % 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(F.adaptive_avg_pool2d(self.left(x), 4))
+        b = self.b(F.adaptive_avg_pool2d(self.right(x), 4))
+        both = torch.stack([a, b], 1)
+        weights = self.weigh(both.sum(1).mean((2, 3)))
+        weights = weights.view(len(x), 2, -1) if self.number else weights.view(len(x), -1, 2).transpose(1, 2)
+        return (both * weights.softmax(1)[..., None, None]).sum(1)
+
+
+@part
 class Attention(Part):
     """Over positions, with heads where the number of channels allows it."""
 
@@ -518,7 +609,7 @@ class Network(nn.Module):
         self.fc = nn.Linear(6 * (1 if self.mode == 0 else 4), 3)
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
-        x = self.last(self.body(self.stem(x))).relu()
+        x = self.last(self.body(self.stem(x))).tanh()
         if self.mode == 0:
             return self.fc(x.mean((2, 3)))
         small = F.adaptive_avg_pool2d(x, 2)

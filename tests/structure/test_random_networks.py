@@ -53,4 +53,4 @@ def test_every_recipe_is_a_network(recipe: Recipe) -> None:
 
 
 def test_the_generator_knows_its_parts() -> None:
-    assert len(PARTS) >= 25
+    assert len(PARTS) >= 35
