@@ -374,6 +374,10 @@ class Regulariser(PruningCallback):
             raise ConfigurationError(
                 f"{self._label} finds no layer to prune with scope={self.scope!r}. {reasons}".strip()
             )
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            shared = [] if other is self or not isinstance(other, Regulariser) else self._groups.keys() & other._groups
+            for name in sorted(shared):
+                raise ConfigurationError(f"Two regularisers have picked channels of {name!r}; let one ignore it.")
         self._parameters = dict(graph.model.named_parameters(remove_duplicate=False))
         self._aim(self._picked or {name: range(group.size) for name, group in self._groups.items()})
         if not self._targets:

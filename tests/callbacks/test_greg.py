@@ -424,6 +424,12 @@ def test_two_of_one_class_work_side_by_side() -> None:
     assert {"greg1/strength", "greg1_2/strength"} <= set(diary.shown[-1])
 
 
+def test_two_for_the_same_layer_are_refused_before_the_first_step() -> None:
+    both = [GReg1(0.5, schedule=SMALL1), GReg2(0.5, schedule=SMALL2, ignore=["0"])]
+    with pytest.raises(ConfigurationError, match="Two regularisers have picked channels of '2'"):
+        fit(both, seeded(linear_net), feature_loader(8), callbacks=[Untouched()], max_epochs=3)
+
+
 def test_a_name_is_the_whole_state_key() -> None:
     assert GReg1(0.5, schedule=SMALL1, name="a").state_key == GReg1(0.7, epochs=3, name="a").state_key
     assert GReg1(0.5, schedule=SMALL1, name="a").state_key != GReg2(0.5, schedule=SMALL2, name="a").state_key
