@@ -1,0 +1,89 @@
+"""The examples do what they say: the demo, and every YAML through LightningCLI."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+CONFIGS = sorted(EXAMPLES.glob("configs/*.yaml"))
+SHORT = [
+    "--trainer.enable_model_summary=false",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.check_val_every_n_epoch=6",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def run(script: str, *args: str | Path) -> str:
+    """Standard output of an example in a process of its own."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(EXAMPLES / script), *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "100"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--optimizer", "adamw", "--method", "greg2")], ids=["sgd", "adamw"])
+def test_the_demo_prunes_saves_and_reloads(options: tuple[str, ...], tmp_path: Path) -> None:
+    output = run("demo.py", "--epochs", "3", "--out", tmp_path, *options)
+    report = json.loads((tmp_path / "prune_report.json").read_text())
+    accuracy = {name: float(value) for name, value in re.findall(r"^  (\w.*?) +(\d\.\d{4})$", output, re.MULTILINE)}
+    assert report["cost_after"]["macs"] <= 0.5 * report["cost_before"]["macs"]
+    assert [latency["batch"] for latency in report["latency_after"]] == [1, 64]
+    assert len(accuracy) == 6
+    assert accuracy["masked network"] == accuracy["right after surgery"]
+    assert accuracy["slim file, new process"] == accuracy["finetuned"]
+    assert accuracy["finetuned"] > 0.9
+
+
+def test_every_config_is_known() -> None:
+    assert [path.name for path in CONFIGS] == ["base.yaml", "greg1.yaml", "greg2.yaml"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_runs(config: Path, tmp_path: Path) -> None:
+    files = ["-c", EXAMPLES / "configs" / "base.yaml"] + (["-c", config] if config.stem != "base" else [])
+    run("train.py", "fit", *files, *SHORT, f"--trainer.logger.save_dir={tmp_path}")
+    written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert ({"slim.safetensors", "prune_report.json"} <= written) == (config.stem != "base")
+
+
+def test_the_callbacks_fit_on_the_command_line(tmp_path: Path) -> None:
+    base = EXAMPLES / "configs" / "base.yaml"
+    callbacks = ["--trainer.callbacks+=lightning_prune.GReg1", "--trainer.callbacks.ratio=0.5"]
+    callbacks += ["--trainer.callbacks.epochs=1", "--trainer.callbacks+=lightning_prune.StructuralPruning"]
+    short = [*SHORT, "--trainer.max_epochs=2", f"--trainer.logger.save_dir={tmp_path}"]
+    output = run("train.py", "fit", "-c", base, *callbacks, *short, "--model.optimizer=adamw")
+    assert "MACs per sample" in output
+
+
+def test_train_is_short() -> None:
+    assert len((EXAMPLES / "train.py").read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("name", ["classifier.py", "data.py"])
+def test_model_and_data_know_nothing_of_pruning(name: str) -> None:
+    imported = ast.dump(ast.parse((EXAMPLES / name).read_text()))
+    assert "lightning_prune" not in imported
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_use_public_names(path: Path) -> None:
+    import lightning_prune
+    from lightning_prune import reports, structure
+
+    public = {module.__name__: set(module.__all__) for module in (lightning_prune, reports, structure)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_prune"):
+            assert {alias.name for alias in node.names} <= public[node.module or ""]
