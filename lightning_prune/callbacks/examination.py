@@ -103,6 +103,7 @@ def conclude(
 def look(network: nn.Module, inputs: Inputs, batches: Sequence[int]) -> Look:
     """Count and measure a network as it is. What can't be done is said: a report must not stop a training run."""
     args, kwargs = inputs
+    network = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped; fvcore can't look through
     parameters = sum(parameter.numel() for parameter in network.parameters())
     cost, latency, warnings = Cost(0, parameters, ("everything",)), list[Latency](), []
     try:

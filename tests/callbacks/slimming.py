@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_prune.callbacks.base import Regulariser
@@ -168,7 +167,7 @@ def run(
     surgery: StructuralPruning | None = None,
     picker: Regulariser | None = None,
     ckpt_path: Any = None,
-    train: DataLoader[Any] | None = None,
+    train: Any = None,
     **settings: Any,
 ) -> Run:
     """Fits a task with surgery after epoch 2 of 4, unless told otherwise."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.callbacks.nets import trainer as quiet_trainer
 from tests.callbacks.slimming import BATCHES, Picker, Residual, Run, Task, assert_equal, run, weights
 
 HOOKS = {"validation": "on_validation_end", "epoch end": "on_train_epoch_end", "last batch": "on_train_batch_end"}
+EVERY = {**HOOKS, "every batch": "on_train_batch_end"}
 Checkpointed = tuple[Run, dict[int, Path]]
 
 
@@ -40,11 +42,12 @@ class Keeper(Checkpoint):
     def __init__(self, folder: Path, when: str = "epoch end", weights_only: bool = False) -> None:
         self.folder = folder
         self.weights_only = weights_only
-        setattr(self, HOOKS[when], self.keep)
+        self.always = when == "every batch"
+        setattr(self, EVERY[when], self.keep)
 
     def keep(self, trainer: Trainer, *_: Any) -> None:
         is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if not trainer.sanity_checking and is_last and trainer.global_step > 0:
+        if not trainer.sanity_checking and (is_last or self.always) and trainer.global_step > 0:
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt", self.weights_only)
 
 
@@ -82,6 +85,45 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str, w
     if (when, epoch) != ("last batch", 2):  # there Lightning never runs the validation that was to come
         assert again.surgery.report.accuracy == full.surgery.report.accuracy
     assert again.surgery.report.error <= again.surgery.report.tolerance
+
+
+class Resumable:
+    """A loader that goes on where its checkpoint was written."""
+
+    def __init__(self) -> None:
+        self.loader = image_loader(BATCHES)
+        self.begun = self.skip = 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self.skip = self.skip, 0
+        for number, batch in enumerate(self.loader):
+            if number >= first:
+                self.begun = number + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"begun": self.begun % len(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skip = state["begun"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_resumes_at_every_step(tmp_path: Path, late: bool) -> None:
+    """Before, at and after surgery, at an epoch's start or (``late``) in the middle of the last epoch."""
+    settings: dict[str, Any] = {"train": Resumable(), "picker": Picker(steps=4) if late else Picker(epochs=1)}
+    settings["max_epochs"] = 1 if late else 2
+    full, checkpoints = checkpointed(tmp_path / "full", when="every batch", task=seeded(Task), **settings)
+    assert set(full.watch.widths) == {8, 4}
+    for step, path in sorted(checkpoints.items())[:-1]:
+        settings |= {"train": Resumable(), "picker": Picker(steps=4) if late else Picker(epochs=1)}
+        again = run(tmp_path / str(step), task=seeded(Task), ckpt_path=path, **settings)
+        assert again.task.losses == full.task.losses[step:]
+        assert again.watch.widths == full.watch.widths[step:]
+        assert_equal(weights(full.task), weights(again.task))
 
 
 def average(kind: str) -> Any:

@@ -301,6 +301,13 @@ def test_the_proof_looks_at_a_few_samples_and_at_all_where_it_must() -> None:
         assert proof.outputs == len(proof.modes) * seen * 4
 
 
+def test_a_compiled_network_is_looked_at_as_it_was_written() -> None:
+    images = torch.randn(2, 3, 6, 6)
+    plain, compiled = (examination.look(net, ((images,), {}), ()) for net in (Residual(), torch.compile(Residual())))
+    assert compiled == plain
+    assert plain.cost.macs > 0
+
+
 def test_the_slim_file_brings_it_back(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.surgery.plan is not None
