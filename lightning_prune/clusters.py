@@ -407,15 +407,16 @@ def _exchange_step(gram: Tensor, labels: Tensor, clusters: int) -> Tensor:
 
 def _merged(gram: Tensor, labels: Tensor, clusters: int) -> Tensor:
     """Merge the cheapest pairs until so many clusters are left, or fill up if there are too few."""
-    layers, channels = labels.shape
+    channels = labels.shape[1]
     labels = _in_order(labels, channels)
-    present = labels.amax(dim=1) + 1
-    most = int(present.max())
-    if most > clusters:
-        counts, cost = _merging_costs(gram, labels, most)
-        rows = torch.arange(layers, device=gram.device)
-        for left in range(most, clusters, -1):
-            _merge_cheapest_(cost, counts, labels, rows, present >= left)
+    present = [int(count) for count in labels.amax(dim=1) + 1]
+    if max(present) > clusters:
+        counts, cost = _merging_costs(gram, labels, max(present))
+        for left in range(max(present), clusters, -1):
+            if left in present:
+                active = [row for row, count in enumerate(present) if count >= left]
+                rows = torch.tensor(active, device=gram.device)
+            _merge_cheapest_(cost, counts, labels, rows)
         labels = _in_order(labels, channels)
     return _filled(labels, _own(_distances(gram, labels, clusters)[1], labels), clusters)
 
@@ -423,7 +424,7 @@ def _merged(gram: Tensor, labels: Tensor, clusters: int) -> Tensor:
 def _merging_costs(gram: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Sizes ``(L, K)``, and what merging any two clusters adds to the inertia, ``(L, K, K)``."""
     counts = _per_cluster(torch.ones_like(labels, dtype=gram.dtype), labels, clusters, "sum")
-    halves = _cluster_sums(gram, labels, clusters).mT.contiguous()
+    halves = _cluster_sums(gram, labels, clusters).mT
     means = _cluster_sums(halves, labels, clusters) / (counts.unsqueeze(1) * counts.unsqueeze(2)).clamp_(min=1)
     square = means.diagonal(dim1=1, dim2=2)
     apart = (square.unsqueeze(1) + square.unsqueeze(2) - means - means.mT).clamp_(min=0)
@@ -434,18 +435,15 @@ def _merging_costs(gram: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor,
     return counts, cost
 
 
-def _merge_cheapest_(cost: Tensor, counts: Tensor, labels: Tensor, rows: Tensor, active: Tensor) -> None:
-    """Merge one pair in every active layer, the second into the first, and update the costs (Lance and Williams)."""
+def _merge_cheapest_(cost: Tensor, counts: Tensor, labels: Tensor, rows: Tensor) -> None:
+    """Merge one pair in each of these layers, the second into the first, and update the costs (Lance and Williams)."""
     clusters = counts.shape[1]
-    pair = cost.flatten(1).argmin(dim=1)
+    pair = cost[rows].flatten(1).argmin(dim=1)
     one, other = pair.div(clusters, rounding_mode="floor"), pair % clusters
-    rows, one, other = rows[active], one[active], other[active]
-    size, size_other = counts[rows, one].unsqueeze(1), counts[rows, other].unsqueeze(1)
-    shared = cost[rows, one, other].unsqueeze(1)
-    rest = counts[rows]
-    merged = (size + rest) * cost[rows, one] + (size_other + rest) * cost[rows, other] - rest * shared
-    merged /= size + size_other + rest
-    merged[torch.arange(len(rows)), one] = torch.inf
+    size, size_other, rest = counts[rows, one, None], counts[rows, other, None], counts[rows]
+    merged = (size + rest) * cost[rows, one] + (size_other + rest) * cost[rows, other]
+    merged = (merged - rest * cost[rows, one, other].unsqueeze(1)) / (size + size_other + rest)
+    merged.scatter_(1, one.unsqueeze(1), torch.inf)
     cost[rows, one] = merged
     cost[rows, :, one] = merged
     cost[rows, other] = torch.inf
