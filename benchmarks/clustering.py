@@ -167,7 +167,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("clustering.json"), help="where the numbers go, as JSON")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/clustering.json"), help="where the numbers go, as JSON"
+    )
     parser.add_argument("--rate", type=float, default=0.4, help="share of the channels that goes, in (0, 1)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; scikit-learn on ResNet-50 has one")
     options = parser.parse_args()
@@ -186,6 +188,7 @@ def main() -> None:
             rows.append(measure(name, f"{steps} steps", inner_weights(net, inner), options.rate, options.repeats))
     versions = {"torch": torch.__version__, "scikit-learn": sklearn.__version__, "python": platform.python_version()}
     report = {"device": f"CPU, 1 thread, {platform.machine()}", "versions": versions, "rows": rows}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     Console(width=160).print(table(rows))
     print(f"Rate {options.rate}; float64 Gram matrices; {report['device']}; {versions}; written to {options.output}.")
