@@ -704,3 +704,38 @@ class ScatteredChannels(nn.Module):
         x = self.a(x)
         wide = x.new_zeros(len(x), 8, *x.shape[2:]).index_copy(1, self.where, x)
         return self.head(self.c(self.b(wide.index_add(1, self.where, x))))
+
+
+class ViewAsClasses(nn.Module):
+    """Two widths agree in Python; in one of them several channels always go together."""
+
+    def __init__(self, before: int, pieces: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 1), *(nn.Conv2d(6, 6, 1) for _ in range(before)))
+        self.a, self.b, self.tail, self.head = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 8, 1), block(8, 8), Head(8)
+        self.pieces = pieces
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat(self.a(self.stem(x)).chunk(self.pieces, 1)[::-1], 1)
+        return self.head(self.tail(self.b(x).tanh().reshape(x.shape)))
+
+
+class CatThenReshape(nn.Module):
+    """The widths of two layers add up to that of a third, says Python."""
+
+    def __init__(self, before: int, pieces: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 1), *(nn.Conv2d(6, 6, 1) for _ in range(before)))
+        self.a, self.b, self.tail, self.head = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1), block(8, 8), Head(8)
+        self.c = nn.Conv2d(8, 8, 1, groups=1 if pieces == 2 else 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        both = torch.cat([self.a(x), self.b(x)], 1)
+        return self.head(self.tail(self.c(both).tanh().reshape(both.shape)))
+
+
+for _before in range(6):
+    for _pieces in (2, 4):
+        case(name=f"ViewAsClasses_{_before}_{_pieces}", before=_before, pieces=_pieces)(ViewAsClasses)
+        case(name=f"CatThenReshape_{_before}_{_pieces}", before=_before, pieces=_pieces)(CatThenReshape)
