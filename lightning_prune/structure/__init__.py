@@ -3,7 +3,7 @@
 Works on any ``torch.nn.Module`` and knows neither penalties nor Lightning.
 """
 
-from lightning_prune.structure.choose import choose, pick, select
+from lightning_prune.structure.choice import choose, pick, select
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup, trace
 from lightning_prune.structure.plan import PruningPlan, kept_channels, signature
 from lightning_prune.structure.proof import Proof, masked_state, prove
