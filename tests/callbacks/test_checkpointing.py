@@ -24,6 +24,7 @@ from lightning_prune.callbacks.checkpointing import (
     load_from_checkpoint,
     remember_,
 )
+from lightning_prune.callbacks.greg import GReg1, GReg2
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import PlanError
 from lightning_prune.structure import choose, load_slim, prune_, save_slim, trace
@@ -85,6 +86,20 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str, w
     if (when, epoch) != ("last batch", 2):  # there Lightning never runs the validation that was to come
         assert again.surgery.report.accuracy == full.surgery.report.accuracy
     assert again.surgery.report.error <= again.surgery.report.tolerance
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize(("kind", "optimizer"), [(GReg1, "sgd"), (GReg2, "adamw")])
+def test_with_real_regularisers(tmp_path: Path, kind: type[Any], optimizer: str, epoch: int) -> None:
+    def settings() -> dict[str, Any]:
+        task = seeded(Task, optimizer)
+        return {"task": task, "picker": kind(0.5, epochs=2), "train": image_loader(120, 4), "max_epochs": 3}
+
+    full, checkpoints = checkpointed(tmp_path / "full", **settings())
+    again = run(tmp_path / "again", ckpt_path=checkpoints[120 * epoch], **settings())
+    assert again.task.losses == full.task.losses[120 * epoch :]
+    assert_equal(weights(full.task), weights(again.task))
+    assert again.watch.widths[-1] == 4
 
 
 class Resumable:
