@@ -1,62 +1,54 @@
-"""Does Python agree? A trial cut, run operator by operator beside the sizes that the labels foretell.
+"""Does Python agree? Trials at other widths, run operator by operator beside the sizes that the labels foretell.
 
 A graph knows sizes as numbers; Python may work them out anew (``C // heads``), or may have them written down
-(``view(-1, 512)``). A few trials remove other shares of every group, so that no two sizes agree by chance. Where
-an operator fails, gives another size than foretold or is fed another number, its channels are pinned, and the pass
-goes on with a tensor of the foretold size: one pass finds all such places.
+(``view(-1, 512)``). So the model is tried at other widths: every channel is taken a random number of times, once with
+numbers so large that no two sizes agree by chance (without memory that costs nothing), once with fewer channels than
+there are. Where an operator fails, gives another size than foretold or is fed another number, its channels are pinned,
+and the pass goes on with a tensor of the foretold size: one pass finds all such places.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.structure.labels import Axes, Axis, Ints, Solution
-from lightning_prune.structure.plan import PruningPlan
+from lightning_prune.structure.call import tensors_in
+from lightning_prune.structure.graph import ChannelGraph
+from lightning_prune.structure.knowledge import Record
+from lightning_prune.structure.labels import Axes, Axis, Ints, Labels, Solution
+from lightning_prune.structure.plan import Member, named_tensors
 from lightning_prune.structure.replica import quiet_room
-from lightning_prune.structure.surgery import prune_
-from lightning_prune.structure.watch import (
-    Record,
-    Watcher,
-    compute,
-    on_meta,
-    open_up,
-    operator_name,
-    rule_for,
-    scalars_of,
-    tensors_in,
-)
-
-if TYPE_CHECKING:
-    from lightning_prune.structure.graph import ChannelGraph
+from lightning_prune.structure.surgery import Cut, Cuts, resize_
+from lightning_prune.structure.watch import compute, on_meta, open_up, operator_name, rule_for, scalars_of
 
 Pins = list[tuple[Ints, str]]
 
 
 def probe(
-    watcher: Watcher,
+    records: list[Record],
+    labels: Labels,
     solution: Solution,
     graph: ChannelGraph,
     fresh: Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]],
+    without_memory: bool,
 ) -> Pins:
     """What else must be pinned, with reasons; nothing where the model runs as foretold in all trials.
 
     Args:
-        watcher: of the dense pass.
-        solution: of its labels.
+        records: of the dense pass.
+        labels: of the dense pass.
+        solution: of these labels.
         graph: what would be offered.
-        fresh: makes a copy of the dense model to cut, and the arguments of its forward.
+        fresh: makes a copy of the dense model to try on, and the arguments of its forward.
+        without_memory: whether these copies have none.
     """
-    for removed in _trials(graph):
-        pins = _try(watcher.records, _leaving(watcher, solution, graph, removed), graph.plan(removed), *fresh())
+    for times in _trials(graph, without_memory):
+        pins = _try(records, _times_of_labels(labels, solution, graph, times), graph, times, *fresh())
         if pins:
             return pins
     return []
@@ -64,14 +56,15 @@ def probe(
 
 def _try(
     records: list[Record],
-    leaving: NDArray[np.bool_],
-    plan: PruningPlan,
+    times: Ints,
+    graph: ChannelGraph,
+    widths: dict[str, Ints],
     trial: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Pins:
-    prune_(trial, plan)
-    prober = Prober(records, leaving)
+    resize_(trial, *_cuts(graph, widths))
+    prober = Prober(records, times)
     failure = ""
     with quiet_room():
         try:
@@ -82,52 +75,58 @@ def _try(
             prober.blame_next(f"Its channels are counted by the model's own code ({failure}).")
     if prober.pins or (not failure and prober.complete and not prober.failed):
         return prober.pins
-    everything = np.flatnonzero(leaving)
-    return [(everything, f"The model does not run with fewer channels ({failure or 'it takes another way'}).")]
+    why = failure or "it takes another way"
+    return [(np.flatnonzero(times != 1), f"The model does not run with another number of channels ({why}).")]
 
 
-def _trials(graph: ChannelGraph) -> Iterator[dict[str, list[int]]]:
-    """Channels that go, a trial at a time: no two groups of one size lose equally many in all of them.
-
-    The counts of a group over the trials are the digits of a random number to the base of its size, another number
-    for every group of that size; none is zero in all digits. Two trials do, unless very small groups are many.
-    """
+def _trials(graph: ChannelGraph, without_memory: bool) -> Iterator[dict[str, Ints]]:
+    """How often each channel of each group is taken, a trial at a time."""
     generator = np.random.default_rng(0)
-    sizes = Counter(group.size for group in graph.groups)
-    trials = max(2, *(math.ceil(math.log(count + 1, size) + 1e-9) for size, count in sizes.items()))
-    numbers = {
-        size: generator.choice(min(size**trials, 2**31) - 1, size=count, replace=False) + 1
-        for size, count in sizes.items()
-    }
-    codes = {size: iter(chosen.tolist()) for size, chosen in numbers.items()}
-    code = {group.name: next(codes[group.size]) for group in graph.groups}
-    for trial in range(trials):
-        yield {
-            group.name: generator.permutation(group.size)[: code[group.name] // group.size**trial % group.size].tolist()
-            for group in graph.groups
-        }
+    if without_memory:
+        yield {group.name: generator.integers(1, 5000 // group.size + 9, group.size) for group in graph.groups}
+    for _ in range(1 if without_memory else 4):
+        yield {group.name: _fewer(generator, group.size) for group in graph.groups}
 
 
-def _leaving(
-    watcher: Watcher, solution: Solution, graph: ChannelGraph, removed: dict[str, list[int]]
-) -> NDArray[np.bool_]:
-    """Per label, whether it leaves in the trial."""
-    gone = np.zeros(solution.root.size, dtype=bool)
+def _fewer(generator: np.random.Generator, size: int) -> Ints:
+    """At least one channel stays, and at least one goes."""
+    return generator.permutation(np.arange(size) < generator.integers(1, size)).astype(np.int64)
+
+
+def _cuts(graph: ChannelGraph, widths: dict[str, Ints]) -> tuple[dict[str, Cuts], dict[str, int]]:
+    """The positions to take along every member's dim, and the numbers that modules keep of them."""
+    tensors = named_tensors(graph.model)
+    times: dict[Member, Ints] = {}
+    for group in graph.groups:
+        for (name, dim), index in group.index.items():
+            whole = times.setdefault((name, dim), np.ones(tensors[name].shape[dim], dtype=np.int64))
+            whole[index.numpy()] = widths[group.name][:, None]
+    cuts: dict[str, Cuts] = {}
+    for (name, dim), whole in times.items():
+        cuts.setdefault(name, {})[dim] = Cut(torch.from_numpy(np.arange(whole.size).repeat(whole)), None)
+    numbers = graph.dense_numbers()
+    for attribute, parts in graph.numbers.items():
+        numbers[attribute] += sum(int((widths[part] - 1).sum()) * each for part, each in parts)
+    return cuts, numbers
+
+
+def _times_of_labels(labels: Labels, solution: Solution, graph: ChannelGraph, widths: dict[str, Ints]) -> Ints:
+    """Per label, how often its position is taken in the trial."""
+    times = np.ones(solution.root.size, dtype=np.int64)
     for group in graph.groups:
         (name, dim), index = next(iter(group.index.items()))
-        atoms = watcher.labels.first(name, dim) + index[removed[group.name], 0].numpy()
-        gone[solution.root[atoms]] = True
-    leaving: NDArray[np.bool_] = gone[solution.root]
-    return leaving
+        times[solution.root[labels.first(name, dim) + index[:, 0].numpy()]] = widths[group.name]
+    of_labels: Ints = times[solution.root]
+    return of_labels
 
 
 class Prober(TorchDispatchMode):
-    """Runs the trial beside the records of the dense pass."""
+    """Runs the trial beside the records of the dense pass; ``times`` says how often each label is taken."""
 
-    def __init__(self, records: list[Record], leaving: NDArray[np.bool_]) -> None:
+    def __init__(self, records: list[Record], times: Ints) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.records = records
-        self.leaving = leaving
+        self.times = times
         self.pins: Pins = []
         self.position = 0
         self.astray = False
@@ -154,7 +153,7 @@ class Prober(TorchDispatchMode):
         try:
             result = compute(func, args, kwargs)
         except Exception:  # a size that does not fit, in whatever words
-            self._blame((*record.inputs, *record.outputs), f"{_named(record)} fails with fewer channels.")
+            self._blame((*record.inputs, *record.outputs), f"{_named(record)} fails with another number of channels.")
             return _stand_in(func, args, kwargs, expected)
         if [tuple(tensor.shape) for tensor in tensors_in(result)] == expected:
             return result
@@ -169,7 +168,7 @@ class Prober(TorchDispatchMode):
     def _next(self, operator: str) -> Record | None:
         if self.astray or self.position >= len(self.records) or self.records[self.position].operator != operator:
             if not self.astray:
-                self.blame_next("The model takes another way with fewer channels.")
+                self.blame_next("The model takes another way with another number of channels.")
             self.astray = True
             return None
         self.position += 1
@@ -177,20 +176,20 @@ class Prober(TorchDispatchMode):
 
     def _sizes(self, axes: Axes, shape: torch.Size) -> Iterator[int]:
         for axis, size in zip(axes, shape, strict=True):
-            yield size if axis is None else size - int(np.count_nonzero(self.leaving[axis.labels]))
+            yield size if axis is None else int(self.times[axis.labels].sum())
 
     def _blame(self, tensors: tuple[Axes, ...], reason: str) -> None:
-        """Pin what leaves along these dims; where nothing does, the size was read off a tensor a little earlier."""
+        """Pin what has another width along these dims; where nothing has, it was read off an earlier tensor."""
         self.failed = True
         earlier = self.position - 1
-        while not (guilty := self._leaving_along(tensors)) and earlier >= 0:
+        while not (guilty := self._changing_along(tensors)) and earlier >= 0:
             tensors = (*self.records[earlier].inputs, *self.records[earlier].outputs)
             earlier -= 1
         self.pins += [(axis.labels, reason) for axis in guilty]
 
-    def _leaving_along(self, tensors: tuple[Axes, ...]) -> list[Axis]:
+    def _changing_along(self, tensors: tuple[Axes, ...]) -> list[Axis]:
         found = (axis for axes in tensors for axis in axes if axis is not None)
-        return [axis for axis in found if self.leaving[axis.labels].any()]
+        return [axis for axis in found if (self.times[axis.labels] != 1).any()]
 
 
 def _named(record: Record) -> str:

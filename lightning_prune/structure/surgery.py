@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from lightning_prune.structure.plan import NOWHERE, PruningPlan, named_tensors, 
 
 
 class Cut(NamedTuple):
-    """What stays along one dim and, where positions are added to others, to which."""
+    """Which positions are taken along one dim and, where others are added to them, which to which."""
 
     kept: Tensor
     into: Tensor | None
@@ -54,13 +54,18 @@ def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable
     ), True)
     """
     check_fits(model, plan)
-    optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
-    tensors = named_tensors(model)
     cuts: dict[str, Cuts] = {}
     for (name, dim), positions in plan.kept.items():
-        device = tensors[name].device
-        into = torch.tensor(plan.merged[name, dim], device=device) if (name, dim) in plan.summed else None
-        cuts.setdefault(name, {})[dim] = Cut(torch.tensor(positions, device=device), into)
+        into = torch.tensor(plan.merged[name, dim]) if (name, dim) in plan.summed else None
+        cuts.setdefault(name, {})[dim] = Cut(torch.tensor(positions), into)
+    resize_(model, cuts, plan.numbers, (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers))
+
+
+def resize_(
+    model: nn.Module, cuts: Mapping[str, Cuts], numbers: Mapping[str, int], optimizers: Iterable[Optimizer] = ()
+) -> None:
+    """Take, along some dims of some tensors, just the positions named (a trial may name some of them repeatedly)."""
+    tensors = named_tensors(model)
     depthwise = {name for name, module in model.named_modules() if _is_depthwise(module)}
     with torch.no_grad(), _all_or_nothing() as undo:
         slim = {name: _cut(tensors[name], cut, merging=True) for name, cut in cuts.items()}
@@ -72,7 +77,7 @@ def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable
             _update(state, new, undo)
         for name, module in model.named_modules():
             _renumber(module, name in depthwise, undo)
-        for name, number in plan.numbers.items():
+        for name, number in numbers.items():
             path, _, attribute = name.rpartition(".")
             _set(model.get_submodule(path), attribute, number, undo)
 
@@ -92,12 +97,13 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
 
 def _cut(tensor: Tensor, cuts: Cuts, merging: bool) -> Tensor:
     """The kept positions, in fresh contiguous memory of the tensor's own layout."""
-    out = tensor.detach()
+    out, device = tensor.detach(), tensor.device
     for dim, (kept, into) in cuts.items():
         if merging and into is not None:
+            into = into.to(device)
             whence = (into != NOWHERE).nonzero().flatten()
             out = torch.zeros_like(out).index_add_(dim, into[whence], out.index_select(dim, whence))
-        out = out.index_select(dim, kept)
+        out = out.index_select(dim, kept.to(device))
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
         out = out.contiguous(memory_format=torch.channels_last)
     return out

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
 from lightning_prune.structure.rules.registry import contract, couple, optional, rule, shifted, together
-
-if TYPE_CHECKING:
-    from lightning_prune.structure.watch import Call
 
 FIXED_PARTNER = "are combined with positions that are fixed"
 
@@ -34,24 +32,43 @@ def _roles(call: Call, outputs: Axis | None, inputs: Axis | None) -> None:
         call.role(inputs.labels, "inputs")
 
 
+class Convolution(NamedTuple):
+    """The operands of a convolution, plain or transposed."""
+
+    batch: Axes
+    channels: Axis | None
+    rows: Axis | None
+    columns: Axis | None
+    bias: Tensor | None
+    groups: int
+    depthwise: bool
+    space: int
+
+
+def _operands(call: Call) -> Convolution:
+    """Read a convolution's operands; its kernel and what that slides over stay as they are."""
+    groups = int(call.arg(8 if call.name.endswith("convolution") else 6, "groups", 1))
+    source, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    space = weight.dim() - 2
+    axes, (rows, columns, *kernel) = call.axes(source), call.axes(weight)
+    for axis in (*axes[len(axes) - space :], *kernel):
+        call.pin(axis, "are a dim that a kernel slides over")
+    batch = axes[: -space - 1] if bias is None else shifted(axes[: -space - 1])
+    depthwise = groups == source.shape[-space - 1] and groups > 1
+    return Convolution(batch, axes[-space - 1], rows, columns, bias, groups, depthwise, space)
+
+
 @rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
 def convolution(call: Call) -> list[Axes]:
     """Weight ``(out, in / groups, ...)``; grouped channels are coupled index to index, depthwise ones pass through."""
     if call.name.endswith("convolution") and call.arg(6, "transposed"):
         return transposed(call)
-    groups = int(call.arg(8 if call.name.endswith("convolution") else 6, "groups", 1))
-    source, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
-    space = weight.dim() - 2
-    axes, (rows, columns, *kernel) = call.axes(source), call.axes(weight)
-    channels = axes[-space - 1]
-    for axis in (*axes[len(axes) - space :], *kernel):
-        call.pin(axis, "are a dim that a kernel slides over")
-    if groups == source.shape[-space - 1] and groups > 1:
-        out = _depthwise(call, channels, rows, columns)
+    conv = _operands(call)
+    if conv.depthwise:
+        out = _depthwise(call, conv.channels, conv.rows, conv.columns)
     else:
-        out = _grouped(call, channels, rows, columns, groups)
-    batch = axes[: -space - 1] if bias is None else shifted(axes[: -space - 1])
-    return [(*batch, _bias(call, out, bias), *(None,) * space)]
+        out = _grouped(call, conv.channels, conv.rows, conv.columns, conv.groups)
+    return [(*conv.batch, _bias(call, out, conv.bias), *(None,) * conv.space)]
 
 
 def _depthwise(call: Call, channels: Axis | None, rows: Axis | None, columns: Axis | None) -> Axis | None:
@@ -79,27 +96,21 @@ def _grouped(call: Call, channels: Axis | None, rows: Axis | None, columns: Axis
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed(call: Call) -> list[Axes]:
     """Weight ``(in, out / groups, ...)``."""
-    groups = int(call.arg(8 if call.name.endswith("convolution") else 6, "groups", 1))
-    source, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
-    space = weight.dim() - 2
-    axes, (rows, columns, *kernel) = call.axes(source), call.axes(weight)
-    channels = axes[-space - 1]
-    for axis in (*axes[len(axes) - space :], *kernel):
-        call.pin(axis, "are a dim that a kernel slides over")
-    if groups == source.shape[-space - 1] and groups > 1:
+    conv = _operands(call)
+    rows, columns = conv.rows, conv.columns
+    if conv.depthwise:
         call.pin(columns, "are counted from the number of groups")
         if rows is not None:
             call.role(rows.labels, "through")
-        rows = together(call, [channels, rows], True, FIXED_PARTNER)
-        out = rows and Axis(np.repeat(rows.labels, weight.shape[1]), rows.vanishes)
+        rows = together(call, [conv.channels, rows], True, FIXED_PARTNER)
+        out = rows and Axis(np.repeat(rows.labels, call.arg(1, "weight").shape[1]), rows.vanishes)
     else:
         _roles(call, columns, rows)
-        contract(call, channels, rows)
-        if groups > 1 and rows is not None:
-            couple(call, rows.labels, groups)
-        out = columns and Axis(np.tile(columns.labels, groups), columns.vanishes)
-    batch = axes[: -space - 1] if bias is None else shifted(axes[: -space - 1])
-    return [(*batch, _bias(call, out, bias), *(None,) * space)]
+        contract(call, conv.channels, rows)
+        if conv.groups > 1 and rows is not None:
+            couple(call, rows.labels, conv.groups)
+        out = columns and Axis(np.tile(columns.labels, conv.groups), columns.vanishes)
+    return [(*conv.batch, _bias(call, out, conv.bias), *(None,) * conv.space)]
 
 
 @rule("linear")
@@ -114,7 +125,7 @@ def linear(call: Call) -> list[Axes]:
 
 def _product(call: Call, a: Tensor, b: Tensor) -> Axes:
     left, right = call.axes(a), call.axes(b)
-    weighted = not (call.watcher.from_data(a) and call.watcher.from_data(b))
+    weighted = not (call.known.from_data(a) and call.known.from_data(b))
     if b.dim() == 1:
         contract(call, left[-1], right[0], weighted)
         return left[:-1]
@@ -140,7 +151,7 @@ def product(call: Call) -> list[Axes]:
     a, b = call.arg(0, "self"), call.arg(1, "other", call.kwargs.get("mat2"))
     for tensor, inner, outer in ((a, -1, -2), (b, -2, -1)):
         axes = call.axes(tensor)
-        if call.watcher.is_own(tensor) and tensor.dim() == 2:
+        if call.known.is_own(tensor) and tensor.dim() == 2:
             _roles(call, axes[outer], axes[inner])
     return [_product(call, a, b)]
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
+from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
 from lightning_prune.structure.rules.registry import rule, same, shifted, together
-
-if TYPE_CHECKING:
-    from lightning_prune.structure.watch import Call
 
 FIXED_PARTNER = "are combined one by one with positions that are fixed"
 

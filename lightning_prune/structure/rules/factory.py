@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
 from lightning_prune.structure.rules.registry import rule
-
-if TYPE_CHECKING:
-    from lightning_prune.structure.watch import Call
 
 
 @rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "empty_strided")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
 from lightning_prune.structure.rules.registry import couple, optional, rule, shifted, together
-
-if TYPE_CHECKING:
-    from lightning_prune.structure.watch import Call
 
 FIXED_PARTNER = "are normalised together with positions that are fixed"
 
@@ -52,7 +49,7 @@ def batch_norm(call: Call) -> list[Axes]:
 def instance_norm(call: Call) -> list[Axes]:
     """Statistics per sample and channel."""
     axes = call.axes(call.arg(0, "input"))
-    call.watcher.note_size("num_features", axes[1])
+    call.known.note_size("num_features", axes[1])
     _averaged(call, axes[2:])
     return batch_norm(call)
 
@@ -66,8 +63,8 @@ def group_norm(call: Call) -> list[Axes]:
     channels = axes[1]
     _averaged(call, axes[2:])
     if channels is not None and groups == channels.labels.size:
-        call.watcher.note_size("num_groups", channels)
-        call.watcher.note_size("num_channels", channels)
+        call.known.note_size("num_groups", channels)
+        call.known.note_size("num_channels", channels)
     elif channels is not None and scale is None:
         call.pin(channels, "are normalised together without a scale of their own")
     elif channels is not None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
 from lightning_prune.structure.rules.registry import positive, rule
-
-if TYPE_CHECKING:
-    from lightning_prune.structure.watch import Call
 
 
 def _reduced(call: Call, dims: object, keepdim: bool, zeros_pass: bool, zeros_stay: bool) -> list[Axes]:

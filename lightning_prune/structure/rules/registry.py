@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
+from lightning_prune.structure.call import Call, Rule
 from lightning_prune.structure.labels import FIXED, Axes, Axis, Ints
 
-if TYPE_CHECKING:
-    from lightning_prune.structure.watch import Call, Rule
-
-    R = TypeVar("R", bound=Rule)
+R = TypeVar("R", bound=Rule)
 
 RULES: dict[str, Rule] = {}
 

@@ -1,0 +1,74 @@
+"""One operator at work, as a rule sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_prune.structure.knowledge import Knowledge
+from lightning_prune.structure.labels import Axes, Axis, Ints, Labels
+
+
+class Call:
+    """An operator's name, arguments and results, and what is known of them.
+
+    Args:
+        known: the notebook of the pass.
+        name: of the operator, without overload.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        outputs: the tensors among the results, in order.
+    """
+
+    __slots__ = ("args", "inputs", "known", "kwargs", "name", "outputs")
+
+    def __init__(
+        self, known: Knowledge, name: str, args: Sequence[Any], kwargs: dict[str, Any], outputs: list[Tensor]
+    ) -> None:
+        self.known, self.name, self.args, self.kwargs, self.outputs = known, name, args, kwargs, outputs
+        self.inputs = list(tensors_in((args, kwargs)))
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or by name."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def axes(self, tensor: Tensor) -> Axes:
+        """What is known of the dims of a tensor."""
+        return self.known.axes(tensor)
+
+    @property
+    def labels(self) -> Labels:
+        """The labels of the whole model."""
+        return self.known.labels
+
+    @property
+    def where(self) -> str:
+        """In which module this happens, for a sentence."""
+        return f"in {self.known.module!r}" if self.known.module else "in the model's own forward"
+
+    def pin(self, axes: Axis | Axes | None, why: str) -> None:
+        """Forbid the positions of one dim, or of all dims of a tensor, to leave; ``why`` ends a sentence."""
+        for axis in (axes,) if isinstance(axes, Axis) else axes or ():
+            if axis is not None:
+                self.labels.pin(axis.labels, f"Its channels {why} ({self.name} {self.where}).")
+
+    def role(self, labels: Ints, role: str) -> None:
+        """Note what a parameter dim is to its group, see :class:`Knowledge`."""
+        self.known.note_role(labels, role)
+
+
+Rule = Callable[[Call], "Axes | list[Axes]"]
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of an operator's arguments or results, in order (nested at most in lists, tuples, dicts)."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors_in(item)

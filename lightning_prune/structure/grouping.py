@@ -1,0 +1,146 @@
+"""From united labels to groups of channels, and to a reason for every layer that stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
+from lightning_prune.structure.knowledge import Knowledge
+from lightning_prune.structure.labels import Ints, Solution
+from lightning_prune.structure.plan import Member, layer_of, named_tensors
+
+
+def graph_of(model: nn.Module, known: Knowledge, solution: Solution) -> ChannelGraph:
+    """The groups that a solution of the labels leaves free, for the model whose copy was watched."""
+    groups = _named_apart(_groups(known, solution))
+    return ChannelGraph(model, tuple(groups), _pinned(known, solution), _counted(known, solution, groups))
+
+
+def _groups(known: Knowledge, solution: Solution) -> list[ChannelGroup]:
+    """Classes of labels that run along the same dims equally often are the channels of one group.
+
+    A class that is the only one of its kind can't go; it joins those with a reason.
+    """
+    labels = known.labels
+    ids = np.repeat(np.arange(len(labels.dims)), np.diff(labels.starts))
+    used = np.array([name in known.used for name, _ in labels.dims], dtype=bool)
+    root = solution.root[1 : labels.atoms]
+    free = ~np.isin(root, np.fromiter(solution.reasons, dtype=np.int64)) & used[ids]
+    atoms = np.flatnonzero(free)
+    order = np.lexsort((atoms, root[atoms]))
+    atoms = atoms[order]
+    classes, starts, counts = np.unique(root[atoms], return_index=True, return_counts=True)
+    if classes.size == 0:
+        return []
+    prints = np.add.reduceat(_fingerprints(len(labels.dims))[ids[atoms]], starts)
+    _, first, kind = np.unique(prints, return_index=True, return_inverse=True)
+    marked = {mark: labels.marked_roots(mark, solution.root) for mark in ("renormalised", "bound")}
+    groups: list[ChannelGroup] = []
+    for number in np.argsort(first):
+        which = np.flatnonzero(kind == number)
+        if which.size == 1:
+            solution.reasons[int(classes[which[0]])] = (
+                "All of its channels hang together, so that none can go by itself."
+            )
+            continue
+        table = atoms[starts[which][:, None] + np.arange(counts[which[0]])]
+        marks = {mark for mark, roots in marked.items() if roots.intersection(classes[which].tolist())}
+        groups.append(_group(known, table, ids, marks))
+    return groups
+
+
+def _fingerprints(count: int) -> Ints:
+    """A random number per dim; the (wrapping) sum over a class tells which dims it runs along, and how often."""
+    return np.random.default_rng(0).integers(-(2**62), 2**62, size=count)
+
+
+def _group(known: Knowledge, table: Ints, ids: Ints, marks: set[str]) -> ChannelGroup:
+    labels = known.labels
+    columns = ids[table[0]]
+    index = {}
+    for number in dict.fromkeys(columns.tolist()):
+        positions = table[:, columns == number] + 1 - labels.starts[number]
+        index[labels.dims[number]] = torch.from_numpy(np.ascontiguousarray(positions))
+
+    def having(role: str) -> tuple[Member, ...]:
+        return tuple(labels.dims[n] for n in dict.fromkeys(columns.tolist()) if role in known.roles.get(n, ()))
+
+    outputs, inputs = having("outputs"), having("inputs")
+    producers = tuple(dict.fromkeys(layer_of(name) for name, _ in outputs))
+    consumers = tuple(dict.fromkeys(layer_of(name) for name, _ in inputs))
+    return ChannelGroup(
+        name=producers[0] if producers else layer_of(next(iter(index))[0]),
+        size=len(table),
+        index=index,
+        producers=producers,
+        consumers=consumers,
+        outputs=outputs,
+        inputs=inputs,
+        scales=having("scales"),
+        shifts=having("shifts"),
+        renormalised="renormalised" in marks,
+        mergeable=not marks,
+    )
+
+
+def _named_apart(groups: list[ChannelGroup]) -> list[ChannelGroup]:
+    """Several groups of one layer are told apart by a number: ``qkv``, ``qkv#2``."""
+    seen: dict[str, int] = {}
+    for group in groups:
+        seen[group.name] = seen.get(group.name, 0) + 1
+        if seen[group.name] > 1:
+            object.__setattr__(group, "name", f"{group.name}#{seen[group.name]}")
+    return groups
+
+
+def _pinned(known: Knowledge, solution: Solution) -> dict[str, str]:
+    """Layers some of whose output channels can't go."""
+    pinned: dict[str, str] = {}
+    tensors = named_tensors(known.model)
+    for number, (name, dim) in enumerate(known.labels.dims):
+        roles = known.roles.get(number, set())
+        # a weight without a role has gone through operators that know none
+        unknown = not roles and dim == 0 and name.endswith("weight") and tensors[name].dim() > 1
+        if name not in known.used:
+            if name.endswith("weight"):
+                pinned.setdefault(layer_of(name), "It is not used by this forward pass.")
+        elif roles & {"outputs", "through"} or unknown:
+            roots = solution.root[known.labels.starts[number] : known.labels.starts[number + 1]]
+            held = [root for root in roots.tolist() if root in solution.reasons]
+            if held:
+                some = "" if len(held) == len(roots) else f" (This holds for {len(held)} of its {len(roots)} channels.)"
+                pinned.setdefault(layer_of(name), solution.reasons[held[0]] + some)
+    return _under_all_names(known.model, pinned)
+
+
+def _under_all_names(model: nn.Module, pinned: dict[str, str]) -> dict[str, str]:
+    """Layers that share a parameter share its reason."""
+    first = {id(parameter): layer_of(name) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        layer = first[id(parameter)]
+        if layer in pinned and name.endswith("weight"):
+            pinned.setdefault(layer_of(name), pinned[layer])
+    return pinned
+
+
+def _counted(
+    known: Knowledge, solution: Solution, groups: list[ChannelGroup]
+) -> dict[str, tuple[tuple[str, int], ...]]:
+    """For each number that a module keeps of its channels: which groups it counts, and how often."""
+    owner: dict[int, str] = {}
+    for group in groups:
+        (name, dim), index = next(iter(group.index.items()))
+        roots = solution.root[known.labels.first(name, dim) + index[:, 0].numpy()]
+        owner.update(dict.fromkeys(roots.tolist(), group.name))
+    counted = {}
+    for attribute, labels in known.sizes.items():
+        parts: dict[str, set[int]] = {}
+        roots = solution.root[labels].tolist()
+        for root in roots:
+            if root in owner:
+                parts.setdefault(owner[root], set()).add(roots.count(root))
+        if parts:
+            counted[attribute] = tuple((name, max(each)) for name, each in parts.items())
+    return counted

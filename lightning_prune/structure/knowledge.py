@@ -1,0 +1,122 @@
+"""What is known while a forward pass is watched: the axes of live tensors, roles of parameters, where we are."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.structure.labels import Axes, Axis, Ints, Labels
+
+
+class Record(NamedTuple):
+    """What one operator read and wrote, so that a second pass can be held against the first."""
+
+    operator: str
+    where: str
+    inputs: tuple[Axes, ...]
+    outputs: tuple[Axes, ...]
+    shapes: tuple[torch.Size, ...]
+    scalars: tuple[float, ...]
+
+
+class Known(NamedTuple):
+    """What is known of one tensor; ``from_data``: it was computed from the network's input."""
+
+    reference: weakref.ref[Tensor]
+    axes: Axes
+    from_data: bool
+
+
+class Knowledge:
+    """The notebook of one watched pass.
+
+    Args:
+        model: the copy that runs.
+        tensors: its parameters and buffers by name.
+
+    Attributes:
+        labels: of the whole model.
+        roles: number of a parameter dim (see ``Labels.dims``) -> what it is to its group: ``"outputs"``,
+            ``"inputs"``, ``"scales"``, ``"shifts"``, or ``"through"`` for depthwise filters.
+        used: names of the parameters and buffers that the pass has read.
+        sizes: module attributes that count channels and that no tensor of the module tells -> what they count.
+        stack: names of the modules at work, outermost first.
+    """
+
+    def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        self.model = model
+        self.labels = Labels(tensors)
+        self.roles: dict[int, set[str]] = {}
+        self.used: set[str] = set()
+        self.sizes: dict[str, Ints] = {}
+        self.stack: list[str] = []
+        self._own = tensors
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
+        self._known: dict[int, Known] = {}
+        self._tainted: set[int] = set()
+
+    @property
+    def module(self) -> str:
+        """Name of the innermost module at work."""
+        return self.stack[-1] if self.stack else ""
+
+    def axes(self, tensor: Tensor) -> Axes:
+        """What is known of a tensor's dims; own parameters and buffers enter with their atoms, strangers are fixed."""
+        known = self.look_up(tensor)
+        if known is None:
+            name = self._names.get(id(tensor))
+            axes = self.labels.of(name, tensor.shape) if name is not None else (None,) * tensor.dim()
+            if name is not None:
+                self.used.add(name)
+            self.remember(tensor, axes, from_data=False)
+            return axes
+        if self._tainted and tensor.untyped_storage()._cdata in self._tainted:
+            return tuple(axis and Axis(axis.labels, vanishes=False) for axis in known.axes)
+        return known.axes
+
+    def look_up(self, tensor: Tensor) -> Known | None:
+        """The entry of this very tensor, not of an earlier one at the same address."""
+        known = self._known.get(id(tensor))
+        return known if known is not None and known.reference() is tensor else None
+
+    def remember(self, tensor: Tensor, axes: Axes, from_data: bool) -> None:
+        """Write down what is known of a tensor now. Views of one written in place must not go on promising zeros."""
+        old = self.look_up(tensor)
+        pairs = zip(old.axes, axes, strict=False) if old is not None else ()
+        if any(a is not None and a.vanishes and not (b and b.vanishes) for a, b in pairs):
+            self._tainted.add(tensor.untyped_storage()._cdata)
+        from_data = from_data or (old is not None and old.from_data)
+        self._known[id(tensor)] = Known(weakref.ref(tensor), axes, from_data)
+
+    def from_data(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from the network's input."""
+        known = self.look_up(tensor)
+        return known is not None and known.from_data
+
+    def is_own(self, tensor: Tensor) -> bool:
+        """Whether this is a parameter or buffer of the model itself."""
+        return id(tensor) in self._names
+
+    def live(self, also: Iterable[Tensor] = ()) -> list[Axes]:
+        """Axes of the tensors that somebody still holds and that were computed from the input, or are in ``also``."""
+        wanted = {id(tensor) for tensor in also}
+        return [
+            known.axes
+            for key, known in self._known.items()
+            if known.reference() is not None and (known.from_data or key in wanted)
+        ]
+
+    def note_role(self, labels: Ints, role: str) -> None:
+        """Note what the parameter dim that these labels belong to is to its group."""
+        for member in self.labels.member_ids(labels).tolist():
+            self.roles.setdefault(member, set()).add(role)
+
+    def note_size(self, attribute: str, axis: Axis | None) -> None:
+        """Note that the module at work keeps the length of this dim as a number that no tensor of its own tells."""
+        module = self.model.get_submodule(self.module)
+        if axis is not None and getattr(module, attribute, None) == axis.labels.size:
+            self.sizes[f"{self.module}.{attribute}" if self.module else attribute] = axis.labels
