@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.capture import Capture
 from lightning_prune.callbacks.neighbours import callbacks_of
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.structure import PruningPlan
+from lightning_prune.structure import PruningPlan, signature
+from lightning_prune.structure.plan import Member, named_tensors
 
 
 class Decision(NamedTuple):
-    """Group name -> channels that go, and the same as a plan for one submodule of the LightningModule."""
+    """What goes, said three times.
+
+    Args:
+        removal: group name -> channels, as the regularisers have it.
+        module: name of the pruned submodule, ``""`` for the LightningModule itself.
+        plan: for that submodule; surgery and checkpoints use it, for the rest of the module may change between runs.
+        whole: the same for the LightningModule, by the names that its users see.
+    """
 
     removal: dict[str, tuple[int, ...]]
     module: str
     plan: PruningPlan
+    whole: PruningPlan
 
     def to_plain(self) -> dict[str, Any]:
         """The same in values that torch loads with ``weights_only=True``."""
         removal = {group: list(channels) for group, channels in self.removal.items()}
-        return {"removal": removal, "module": self.module, "plan": self.plan.to_json()}
+        plans = {"plan": self.plan.to_json(), "whole": self.whole.to_json()}
+        return {"removal": removal, "module": self.module, **plans}
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Decision:
         """Reads what :meth:`to_plain` wrote."""
         removal = {group: tuple(channels) for group, channels in values["removal"].items()}
-        return cls(removal, values["module"], PruningPlan.from_json(values["plan"]))
+        plans = (PruningPlan.from_json(values[name]) for name in ("plan", "whole"))
+        return cls(removal, values["module"], *plans)
 
 
 def find_partners(trainer: Trainer) -> list[Regulariser]:
@@ -47,10 +59,13 @@ def find_partners(trainer: Trainer) -> list[Regulariser]:
     return partners
 
 
-def decide(partners: Iterable[Regulariser], capture: Capture, loaded: Decision | None) -> Decision | None:
+def decide(
+    pl_module: LightningModule, partners: Iterable[Regulariser], capture: Capture, loaded: Decision | None
+) -> Decision | None:
     """Merge what the regularisers have picked.
 
     Args:
+        pl_module: the module in training, dense.
         partners: every one of them has picked.
         capture: knows the graph, unless this process has been resumed and has not seen a batch yet.
         loaded: the decision as a checkpoint has it; serves as long as the regularisers still say the same.
@@ -69,5 +84,36 @@ def decide(partners: Iterable[Regulariser], capture: Capture, loaded: Decision |
                 raise ConfigurationError(f"Two regularisers have picked channels of {group!r}; let one ignore it.")
             removal[group] = tuple(channels)
     if capture.graph is not None and capture.name is not None:
-        return Decision(removal, capture.name, capture.graph.plan(removal))
+        plan = capture.graph.plan(removal)
+        return Decision(removal, capture.name, plan, rooted(plan, pl_module, capture.name))
     return loaded if loaded is not None and loaded.removal == removal else None
+
+
+def rooted(plan: PruningPlan, pl_module: LightningModule, module: str) -> PruningPlan:
+    """A submodule's plan as one for the whole (dense) module.
+
+    Args:
+        plan: for the submodule.
+        pl_module: the whole.
+        module: the submodule's name in it.
+    """
+    if not module:
+        return plan
+    # By identity: a tensor that hangs in several places goes by the first of its names.
+    names = {id(tensor): name for name, tensor in named_tensors(pl_module).items()}
+    own = {name: names[id(tensor)] for name, tensor in named_tensors(pl_module.get_submodule(module)).items()}
+
+    def member(key: Member) -> Member:
+        return own[key[0]], key[1]
+
+    return replace(
+        plan,
+        kept={member(key): value for key, value in plan.kept.items()},
+        sizes={member(key): value for key, value in plan.sizes.items()},
+        signature=signature(pl_module),
+        outputs=tuple(map(member, plan.outputs)),
+        numbers={f"{module}.{name}": value for name, value in plan.numbers.items()},
+        renormalised=tuple(own[name] for name in plan.renormalised),
+        merged={member(key): value for key, value in plan.merged.items()},
+        summed=tuple(map(member, plan.summed)),
+    )

@@ -54,6 +54,10 @@ class StructuralPruning(PruningCallback):
 
     Raises:
         ConfigurationError: an argument is out of range, or contradicts another or the trainer.
+
+    >>> pruning = StructuralPruning(monitor="val_acc")  # with regularisers among a Trainer's callbacks
+    >>> pruning.plan is None, pruning.report is None    # until surgery
+    (True, True)
     """
 
     def __init__(
@@ -103,8 +107,8 @@ class StructuralPruning(PruningCallback):
 
     @property
     def plan(self) -> PruningPlan | None:
-        """What went; ``None`` before surgery."""
-        return self._decision.plan if self._done and self._decision is not None else None
+        """What went, as a plan for the LightningModule (``save_slim`` takes both); ``None`` before surgery."""
+        return self._decision.whole if self._done and self._decision is not None else None
 
     @property
     def finished(self) -> bool:
@@ -206,7 +210,8 @@ class StructuralPruning(PruningCallback):
         return None if received is None else Decision.from_plain(received)
 
     def _decide(self) -> Decision | None:
-        return decide(self._partners, self.capture, self._decision)
+        pl_module = None if self._fit is None else self._fit[1]()
+        return None if pl_module is None else decide(pl_module, self._partners, self.capture, self._decision)
 
     def _begin_stage(self, trainer: Trainer, pl_module: LightningModule, held: list[str]) -> None:
         parameters = dict(pl_module.named_parameters())
@@ -222,8 +227,8 @@ class StructuralPruning(PruningCallback):
         """Report, now that the network is slim."""
         if self._decision is None:
             return
-        network, plan = pl_module.get_submodule(self._decision.module), self._decision.plan
-        self._report = conclude(trainer, network, plan, inputs, seen, self.monitor)
+        network = pl_module.get_submodule(self._decision.module)
+        self._report = conclude(trainer, network, self._decision.whole, inputs, seen, self.monitor)
         self._publish(trainer)
         if self._report is not None and trainer.is_global_zero:
             self._publisher.show(self._report)
@@ -240,11 +245,11 @@ class StructuralPruning(PruningCallback):
         self._catch_up(trainer, pl_module)
 
     def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        inputs, plan, dense = self.capture.inputs, self.plan, self._dense
-        if dense is None or inputs is None or plan is None:
+        inputs, decision, dense = self.capture.inputs, self._decision, self._dense
+        if dense is None or inputs is None or decision is None:
             return
         self._dense = None
-        self._conclude(trainer, pl_module, inputs, self._examine(trainer, dense, plan, inputs))
+        self._conclude(trainer, pl_module, inputs, self._examine(trainer, dense, decision.plan, inputs))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the accuracy column that this validation belongs to."""

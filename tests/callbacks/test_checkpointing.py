@@ -24,6 +24,7 @@ from lightning_prune.callbacks.checkpointing import (
     load_from_checkpoint,
     remember_,
 )
+from lightning_prune.callbacks.decision import rooted
 from lightning_prune.callbacks.greg import GReg1, GReg2
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import PlanError
@@ -256,9 +257,9 @@ def test_twice_pruned(tmp_path: Path) -> None:
 def test_a_module_from_a_slim_file_takes_a_slim_checkpoint(tmp_path: Path) -> None:
     full, checkpoints = checkpointed(tmp_path)
     assert full.surgery.plan is not None
-    save_slim(full.task.net, tmp_path / "slim.safetensors", full.surgery.plan)
+    save_slim(full.task, tmp_path / "slim.safetensors", full.surgery.plan)
     fresh = seeded(Task, seed=1)
-    load_slim(tmp_path / "slim.safetensors", fresh.net)
+    load_slim(tmp_path / "slim.safetensors", fresh)
     fresh_trainer().validate(fresh, image_loader(1), ckpt_path=checkpoints[4 * BATCHES], verbose=False)
     assert_equal(weights(fresh), weights(full.task))
     assert history(fresh) == history(full.task)
@@ -363,6 +364,15 @@ def test_tied_names_fit_too() -> None:
     adapt_(fresh, checkpoint)
     fresh.load_state_dict(checkpoint["state_dict"])
     assert fresh.alias is fresh.net
+
+
+def test_a_plan_for_a_part_and_for_the_whole() -> None:
+    part = slim_net()[1]
+    whole, fresh = rooted(part, Tied(), "alias"), Tied()
+    assert whole.widths() == {"net.conv1": (8, 4)}
+    prune_(fresh, whole)
+    assert fresh.alias.conv2.in_channels == 4
+    assert rooted(part, Tied(), "") is part
 
 
 def test_attaching_twice_and_detaching_leave_nothing() -> None:

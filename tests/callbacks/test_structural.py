@@ -72,7 +72,7 @@ class Snapshot(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == self.epoch:
-            self.module = copy.deepcopy(pl_module.get_submodule("net"))
+            self.module = copy.deepcopy(pl_module)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -103,9 +103,10 @@ def test_right_after_surgery_the_accuracy_is_the_masked_networks(tmp_path: Path)
     )
     assert surgery.plan is not None
     dense = snapshot.module.eval()
+    zeroed = {name.removeprefix("net."): value for name, value in masked_state(dense, surgery.plan).items()}
     task.accuracy.reset()
     for images, labels in image_loader(3):
-        masked = torch.func.functional_call(dense, masked_state(dense, surgery.plan), (images,))
+        masked = torch.func.functional_call(dense.net, zeroed, (images,))
         task.accuracy.update(masked, labels)
     assert surgery.report is not None
     assert surgery.report.accuracy["after"] == pytest.approx(float(task.accuracy.compute()))
@@ -245,7 +246,7 @@ def test_the_report_is_printed_and_written(tmp_path: Path, capsys: pytest.Captur
     assert all(word in printed for word in ("channels", "conv1", "MACs", "parameters", "latency", "val_acc"))
     written = PruningReport.from_json((tmp_path / "lightning_logs/version_0/prune_report.json").read_text())
     assert written == surgery.report
-    assert written.layers == (("conv1", 8, 4),)
+    assert written.layers == (("net.conv1", 8, 4),)
     assert written.cost_after.macs < written.cost_before.macs
     assert [latency.batch for latency in written.latency_after] == [1, 4]
     assert written.error <= written.tolerance
@@ -311,10 +312,10 @@ def test_a_compiled_network_is_looked_at_as_it_was_written() -> None:
 def test_the_slim_file_brings_it_back(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.surgery.plan is not None
-    save_slim(result.task.net, tmp_path / "slim.safetensors", result.surgery.plan)
-    fresh = Residual()
+    save_slim(result.task, tmp_path / "slim.safetensors", result.surgery.plan)
+    fresh = seeded(Task, seed=1)
     assert load_slim(tmp_path / "slim.safetensors", fresh) == result.surgery.plan
-    assert_equal(weights(fresh), weights(result.task.net))
+    assert_equal(weights(fresh), weights(result.task))
 
 
 def test_a_module_that_returns_dicts(tmp_path: Path) -> None:
@@ -371,7 +372,7 @@ def test_two_regularisers_of_one_class_make_one_plan(tmp_path: Path) -> None:
     surgery.report_file = None
     trainer.fit(seeded(TwoBlocks), image_loader(BATCHES), image_loader(2))
     assert surgery.plan is not None
-    assert surgery.plan.widths() == {"1.conv1": (8, 4), "2.conv1": (8, 6)}
+    assert surgery.plan.widths() == {"net.1.conv1": (8, 4), "net.2.conv1": (8, 6)}
 
 
 def test_two_regularisers_must_not_overlap() -> None:
@@ -542,9 +543,9 @@ def test_two_processes_stay_equal(tmp_path: Path) -> None:
     assert all(len(pair) == 2 and pair[0] == pair[1] for pair in found.values())
     for option in ("default", "find_unused", "static_graph", "bucket_view"):
         assert found[option][0]["widths"] == [8] * 6 + [4] * 6
-        assert found[option][0]["plan"] == "conv1  8 -> 4"
+        assert found[option][0]["plan"] == "net.conv1  8 -> 4"
     for epoch in (2, 3):
-        assert found[f"resumed from epoch {epoch}"][0] == {"equal": True, "plan": "conv1  8 -> 4"}
+        assert found[f"resumed from epoch {epoch}"][0] == {"equal": True, "plan": "net.conv1  8 -> 4"}
     assert sorted((error["error"], error["says"], error["width"]) for error in errors) == [
         ("ProofError", "It departs here.", 8),
         ("PruningError", "Surgery failed on rank 1: ProofError: It departs here.", 8),
