@@ -559,6 +559,7 @@ def test_a_dry_run_goes_through(tmp_path: Path) -> None:
 
 def test_command_line_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning uses jsonargparse's old names
+    monkeypatch.setattr(sys, "argv", ["train"])  # LightningCLI warns of pytest's own arguments
     home = "lightning_prune.callbacks"
     arguments = {
         "at_epoch": 3,
