@@ -38,7 +38,10 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: PruningPlan,
         SlimFileError: where the model is not what the plan leaves, or the metadata can't be written as JSON.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(model).items()}
+    known = named_tensors(model)
     for (name, dim), positions in plan.kept.items():
+        if name not in known:
+            raise SlimFileError(f"The plan cuts {name!r}, which this {type(model).__name__} does not have.")
         if name in tensors and tensors[name].shape[dim] != len(positions):
             found, want = tensors[name].shape[dim], len(positions)
             raise SlimFileError(f"{name!r} has length {found} along dim {dim} where the plan leaves {want}.")

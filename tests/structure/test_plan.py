@@ -174,6 +174,8 @@ def test_what_can_not_be_saved_leaves_no_file(model: Net, tmp_path: Path) -> Non
     with pytest.raises(SlimFileError, match="where the plan leaves"):
         save_slim(model, tmp_path / "x.safetensors", plan)
     prune_(model, plan)
+    with pytest.raises(SlimFileError, match="does not have"):
+        save_slim(model, tmp_path / "x.safetensors", PruningPlan({("a", 0): (0,)}, {("a", 0): 2}, ""))
     with pytest.raises(SlimFileError, match="JSON"):
         save_slim(model, tmp_path / "x.safetensors", plan, model=model)
     assert not list(tmp_path.iterdir())
