@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.reports.batches import resized
+from lightning_prune.reports.silence import silence
 from lightning_prune.structure.replica import arguments, quiet_room, replica
 
 
@@ -48,10 +46,10 @@ def count_cost(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] 
     """
     leaves, spec = pytree.tree_flatten(resized(arguments(example_inputs, kwargs), 1))
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at its import fvcore compiles something with the deprecated torch.jit.script
+    # fvcore uses the deprecated torch.jit.script at its import, and logs what it doesn't count; we return that as data.
+    with quiet_room(), silence("fvcore.nn.jit_analysis"):
         from fvcore.nn import FlopCountAnalysis
-    with quiet_room(), _silence("fvcore.nn.jit_analysis"):
+
         analysis = FlopCountAnalysis(_Flat(replica(model).eval(), leaves, spec), tensors)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         macs = round(analysis.total())
@@ -89,15 +87,3 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     query, key, value = (tensor.type().sizes() for tensor in inputs[:3])
     heads = math.prod(query[:-2])
     return int(heads * query[-2] * key[-2] * (query[-1] + value[-1]))
-
-
-@contextmanager
-def _silence(name: str) -> Iterator[None]:
-    """Keep a logger quiet: fvcore logs what it doesn't count, and our caller gets that as data."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from lightning_prune.reports.batches import resized
+from lightning_prune.reports.silence import silence
 from lightning_prune.structure.replica import arguments, quiet_room, replica
 
 _LEAST_SAMPLES, _SAMPLES = 5, 25
@@ -63,6 +63,8 @@ def measure_latency(
     >>> latency.batch, latency.median_ms > 0
     (16, True)
     """
+    with silence("torch.utils.cpp_extension"):  # its import may complain about a missing CUDA device
+        from torch.utils.benchmark import Timer
     args, named = resized(arguments(example_inputs, kwargs), batch)
     network = replica(model).eval()
     threads = torch.get_num_threads()
