@@ -17,16 +17,18 @@ from lightning_prune.structure.plan import Member, named_tensors
 
 
 class Decision(NamedTuple):
-    """What goes, said three times.
+    """What goes, as the regularisers say it and as plans.
 
     Args:
         removal: group name -> channels, as the regularisers have it.
+        merges: group name -> channel that goes -> channel that stands for it, where something does.
         module: name of the pruned submodule, ``""`` for the LightningModule itself.
         plan: for that submodule; surgery and checkpoints use it, for the rest of the module may change between runs.
         whole: the same for the LightningModule, by the names that its users see.
     """
 
     removal: dict[str, tuple[int, ...]]
+    merges: dict[str, dict[int, int]]
     module: str
     plan: PruningPlan
     whole: PruningPlan
@@ -35,14 +37,14 @@ class Decision(NamedTuple):
         """The same in values that torch loads with ``weights_only=True``."""
         removal = {group: list(channels) for group, channels in self.removal.items()}
         plans = {"plan": self.plan.to_json(), "whole": self.whole.to_json()}
-        return {"removal": removal, "module": self.module, **plans}
+        return {"removal": removal, "merges": self.merges, "module": self.module, **plans}
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Decision:
         """Reads what :meth:`to_plain` wrote."""
         removal = {group: tuple(channels) for group, channels in values["removal"].items()}
         plans = (PruningPlan.from_json(values[name]) for name in ("plan", "whole"))
-        return cls(removal, values["module"], *plans)
+        return cls(removal, values["merges"], values["module"], *plans)
 
 
 def find_partners(trainer: Trainer) -> list[Regulariser]:
@@ -78,15 +80,17 @@ def decide(
         ConfigurationError: two of them have picked channels of the same group.
     """
     removal: dict[str, tuple[int, ...]] = {}
+    merges: dict[str, dict[int, int]] = {}
     for partner in partners:
         for group, channels in partner.removal().items():
             if group in removal:
                 raise ConfigurationError(f"Two regularisers have picked channels of {group!r}; let one ignore it.")
             removal[group] = tuple(channels)
+        merges |= partner.merges()
     if capture.graph is not None and capture.name is not None:
-        plan = capture.graph.plan(removal)
-        return Decision(removal, capture.name, plan, rooted(plan, pl_module, capture.name))
-    return loaded if loaded is not None and loaded.removal == removal else None
+        plan = capture.graph.plan(removal, merges)
+        return Decision(removal, merges, capture.name, plan, rooted(plan, pl_module, capture.name))
+    return loaded if loaded is not None and (loaded.removal, loaded.merges) == (removal, merges) else None
 
 
 def rooted(plan: PruningPlan, pl_module: LightningModule, module: str) -> PruningPlan:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
 from lightning_prune.callbacks.watching import check
+from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Dynamics
 
 
@@ -19,6 +20,57 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
     if math.isinf(batches):
         return None
     return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def stage_steps(trainer: Trainer, epochs: int | None) -> int | None:
+    """Optimiser steps of a sparse stage that is given in epochs.
+
+    Raises:
+        ConfigurationError: nobody knows how many batches an epoch has.
+    """
+    if epochs is None:
+        return None
+    per_epoch = steps_per_epoch(trainer)
+    if per_epoch is None:
+        raise ConfigurationError(
+            f"epochs={epochs} needs a known number of batches per epoch; set limit_train_batches to one."
+        )
+    # a dry run has fewer steps than any schedule needs
+    return max(per_epoch * epochs, 2) if trainer.fast_dev_run else per_epoch * epochs  # type: ignore[attr-defined]
+
+
+def is_last_batch(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether this training batch is the last one of its epoch."""
+    return bool(trainer.is_last_batch) or batch_idx + 1 >= trainer.num_training_batches
+
+
+def refuse_misfit(trainer: Trainer, who: str, start: int, epochs: int | None, length: int | None) -> None:
+    """Refuse a sparse stage that the run is too short for.
+
+    Args:
+        trainer: before its first step.
+        who: has the stage.
+        start: epoch at which the stage begins.
+        epochs: its length, where it is given so.
+        length: its optimiser steps, where they are known.
+
+    Raises:
+        ConfigurationError: in that case.
+    """
+    if trainer.fast_dev_run or length is None:  # type: ignore[attr-defined]
+        return
+    per_epoch = steps_per_epoch(trainer)
+    needed = length + (per_epoch or 0) * start
+    what = f"{who}: start={start} and {length} optimiser steps of schedule don't fit into"
+    limit = trainer.max_epochs
+    if epochs is not None:
+        what = f"{who}: start={start} and epochs={epochs} don't fit into"
+        if limit is not None and 0 <= limit < start + epochs:
+            raise ConfigurationError(f"{what} max_epochs={limit}.")
+    elif per_epoch is not None and limit is not None and 0 <= limit * per_epoch < needed:
+        raise ConfigurationError(f"{what} max_epochs={limit} of {per_epoch} steps.")
+    if 0 <= trainer.max_steps < needed:
+        raise ConfigurationError(f"{what} max_steps={trainer.max_steps}.")
 
 
 def dynamics_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter] = ()) -> Dynamics:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune import structure
-from lightning_prune.callbacks.base import Regulariser
+from lightning_prune.callbacks.growing import Growing, constants
 from lightning_prune.callbacks.inject import Penalty
-from lightning_prune.callbacks.watching import check
 from lightning_prune.penalties import slices, weighted_l2
 from lightning_prune.schedules import (
     GREG1_CIFAR,
@@ -26,7 +25,7 @@ from lightning_prune.schedules import (
 from lightning_prune.scores import l1
 
 
-class _GReg(Regulariser):
+class _GReg(Growing):
     """What GReg-1 and GReg-2 share: the growing L2 penalty, its coefficients per parameter, the early stop."""
 
     coupled: bool
@@ -41,6 +40,10 @@ class _GReg(Regulariser):
         """Coupled: everything that leaves with a channel. Else as published: the producing weights alone."""
         return group.members if self.coupled else _weights(group)
 
+    def picks(self, step: int) -> bool:
+        """Once, at the schedule's step."""
+        return not self._picked and step >= self._schedule.pick_step
+
     def update(self, step: int) -> None:
         """Set every group's strength, and the coefficients where any has changed."""
         schedule = self._schedule
@@ -48,7 +51,7 @@ class _GReg(Regulariser):
         if self._picked and step % schedule.update_every == 0 and event > max(self._seen, schedule.growth_event - 1):
             self._watch_ratios(event)
         self._seen = max(self._seen, event)
-        share = self._learning_rate_share()
+        share = self.learning_rate_share()
         # a group that has stopped keeps the strength of its last event
         strengths = {
             name: schedule.strength(min(event, self._stopped.get(name, event)) * schedule.update_every) / share
@@ -60,10 +63,6 @@ class _GReg(Regulariser):
         if setting != self._setting:
             self._setting = setting
             self._coefficients = self._weigh(strengths, kept)
-
-    def done(self, steps: int) -> bool:
-        """The hold counts from the event at which the last group stopped growing."""
-        return steps > self._growth_end() + int(self._schedule.hold)
 
     def penalty(self) -> Penalty | None:
         """Half the squared weights, each with its own strength."""
@@ -242,11 +241,11 @@ class GReg1(_GReg):
         )
         self.coupled = coupled
         self.schedule = schedule
-        self._constants = _constants(epochs, schedule, {"cifar": GREG1_CIFAR, "imagenet": GREG1_IMAGENET})
+        self._constants = constants(epochs, schedule, {"cifar": GREG1_CIFAR, "imagenet": GREG1_IMAGENET})
 
-    def begin(self, steps: int | None, dynamics: Dynamics) -> GReg1Schedule:
-        """The given constants, or those derived for so many steps of this optimiser."""
-        return self._constants if steps is None else GReg1Schedule.derive(steps, dynamics)
+    def derive(self, steps: int, dynamics: Dynamics) -> GReg1Schedule:
+        """See :meth:`~lightning_prune.schedules.GReg1Schedule.derive`."""
+        return GReg1Schedule.derive(steps, dynamics)
 
     def _stop(self, reached: Mapping[str, bool], event: int) -> None:
         if all(reached.values()):
@@ -317,11 +316,11 @@ class GReg2(_GReg):
         )
         self.coupled = coupled
         self.schedule = schedule
-        self._constants = _constants(epochs, schedule, {"cifar": GREG2_CIFAR, "imagenet": GREG2_IMAGENET})
+        self._constants = constants(epochs, schedule, {"cifar": GREG2_CIFAR, "imagenet": GREG2_IMAGENET})
 
-    def begin(self, steps: int | None, dynamics: Dynamics) -> GReg2Schedule:
-        """The given constants, or those derived for so many steps of this optimiser."""
-        return self._constants if steps is None else GReg2Schedule.derive(steps, dynamics)
+    def derive(self, steps: int, dynamics: Dynamics) -> GReg2Schedule:
+        """See :meth:`~lightning_prune.schedules.GReg2Schedule.derive`."""
+        return GReg2Schedule.derive(steps, dynamics)
 
     def _stop(self, reached: Mapping[str, bool], event: int) -> None:
         for name, over in reached.items():
@@ -332,12 +331,3 @@ class GReg2(_GReg):
 def _weights(group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
     """The weights that the papers regularise and rank: the producing ones, the consuming ones where none produces."""
     return group.outputs or group.inputs
-
-
-def _constants(epochs: int | None, schedule: Any, published: Mapping[str, Any]) -> Any:
-    """The constants that were asked for, by record or by name."""
-    check((epochs is None) != (schedule is None), "Give exactly one of epochs=... and schedule=....")
-    if not isinstance(schedule, str):
-        return schedule
-    check(schedule in published, f"schedule={schedule!r} must be one of {sorted(published)} or a record of constants.")
-    return published[schedule]

@@ -1,4 +1,4 @@
-"""The one place where a penalty enters the training: into the loss, or where there is none to edit, into ``.grad``."""
+"""The one place where a penalty enters the training: into the loss, into ``.grad``, or into the weights themselves."""
 
 from __future__ import annotations
 
@@ -72,6 +72,20 @@ def add_to_gradients_(penalty: Callable[[], Penalty | None], optimizer: Optimize
             parameter.grad = share.to(parameter.dtype, copy=True)
         else:
             parameter.grad.add_(share)
+
+
+@torch.no_grad()
+def shrink_(penalty: Callable[[], Penalty | None], optimizer: Optimizer, device: str) -> None:
+    """Take learning rate times penalty gradient off one optimiser's parameters, after its step."""
+    with quietly(device):
+        found = penalty()
+    if found is None:
+        return
+    pulls = {id(p): (p, g) for p, g in zip(found.parameters, found.gradients, strict=True)}
+    for group in optimizer.param_groups:
+        pairs = [pulls[id(parameter)] for parameter in group["params"] if id(parameter) in pulls]
+        if pairs:
+            torch._foreach_sub_([p for p, _ in pairs], torch._foreach_mul([g for _, g in pairs], group["lr"]))
 
 
 @contextmanager

@@ -1,0 +1,54 @@
+"""A method meets the model: which channels are its own, and which optimisers move them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch.optim import Optimizer
+
+from lightning_prune import structure
+from lightning_prune.callbacks.questions import Method
+from lightning_prune.callbacks.targets import Target
+from lightning_prune.errors import ConfigurationError
+
+
+def taking_part(method: Method, graph: structure.ChannelGraph, label: str) -> dict[str, structure.ChannelGroup]:
+    """The groups that a method's arguments mean, by name.
+
+    Raises:
+        ConfigurationError: they mean none.
+    """
+    # where no ratio is given the method decides how much goes, not whether
+    ratio = 0.5 if method.ratio is None else method.ratio
+    shares = structure.select(graph, ratio, ratios=method.ratios, ignore=method.ignore, scope=method.scope)
+    groups = {group.name: group for group in graph.groups if shares.get(group.name, 0.0) > 0}
+    if not groups:
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(graph.pinned.items())[:3])
+        raise ConfigurationError(f"{label} finds no layer to prune with scope={method.scope!r}. {reasons}".strip())
+    return groups
+
+
+def refuse_shared_groups(own: Iterable[str], others: Iterable[Mapping[str, structure.ChannelGroup]]) -> None:
+    """Refuse two methods that mean the same channels."""
+    for other in others:
+        for name in sorted(set(own) & set(other)):
+            raise ConfigurationError(f"Two regularisers have picked channels of {name!r}; let one ignore it.")
+
+
+def holders_of(
+    targets: Iterable[Target], optimizers: Sequence[Optimizer], label: str
+) -> tuple[Optimizer, list[Optimizer]]:
+    """The optimiser that holds most of the targets, and all that hold any.
+
+    Raises:
+        ConfigurationError: none does.
+    """
+    aimed = {id(target.parameter) for target in targets}
+
+    def held(optimizer: Optimizer) -> int:
+        return sum(id(parameter) in aimed for group in optimizer.param_groups for parameter in group["params"])
+
+    keeper = max(optimizers, key=held)
+    if held(keeper) == 0:
+        raise ConfigurationError(f"No optimiser holds the parameters that {label} is to prune.")
+    return keeper, [optimizer for optimizer in optimizers if held(optimizer)]
