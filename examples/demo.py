@@ -21,11 +21,11 @@ from data import CIFAR10, Digits
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.console import Console
 
-from lightning_prune import GReg1, GReg2, PruningPlan, StructuralPruning, load_slim, save_slim
+from lightning_prune import GReg1, GReg2, MaskSparsity, PruningPlan, StructuralPruning, load_slim, save_slim
 from lightning_prune.reports import surgery_table
 from lightning_prune.structure import masked_state, read_slim_header
 
-METHODS = {"greg1": GReg1, "greg2": GReg2}
+METHODS: dict[str, type[Any]] = {"greg1": GReg1, "greg2": GReg2, "mask_sparsity": MaskSparsity}
 NETWORKS = {
     "digits": {"channels": 1, "width": 32, "stages": 2, "blocks": 2},
     "cifar10": {"channels": 3, "width": 16, "stages": 3, "blocks": 3},
@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.6, help="fraction of channels to remove in each layer")
     parser.add_argument("--epochs", type=int, default=12, help="epochs of each of the three stages")
     parser.add_argument(
-        "--coupled", action=argparse.BooleanOptionalAction, default=True, help="see docs/methods/greg.md"
+        "--coupled", action=argparse.BooleanOptionalAction, default=True, help="of GReg: see docs/methods/greg.md"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; networks this small gain little from more")
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
 class Diary(Callback):
     """Prints one line per epoch, and keeps the dense weights as they were just before surgery."""
 
-    def __init__(self, regulariser: GReg1 | GReg2, pruning: StructuralPruning) -> None:
+    def __init__(self, regulariser: Any, pruning: StructuralPruning) -> None:
         self.regulariser = regulariser
         self.pruning = pruning
         self.dense: dict[str, torch.Tensor] = {}
@@ -118,7 +118,8 @@ def main() -> None:
     seed_everything(args.seed, verbose=False)
     network = NETWORKS[args.data]
     model = Classifier(**network, optimizer=args.optimizer, cycle=args.epochs)
-    regulariser = METHODS[args.method](args.ratio, start=args.epochs, epochs=args.epochs, coupled=args.coupled)
+    own = {"coupled": args.coupled} if args.method.startswith("greg") else {}
+    regulariser = METHODS[args.method](args.ratio, start=args.epochs, epochs=args.epochs, **own)
     pruning = StructuralPruning(monitor="val_acc", latency_batches=(1, 64))
     diary = Diary(regulariser, pruning)
     trainer = Trainer(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_prune.callbacks.checkpointing import SlimCheckpointMixin, load_from_checkpoint
     from lightning_prune.callbacks.greg import GReg1, GReg2
+    from lightning_prune.callbacks.mask_sparsity import MaskSparsity
     from lightning_prune.callbacks.structural import StructuralPruning
     from lightning_prune.errors import (
         ConfigurationError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "lightning_prune.callbacks.checkpointing": ("SlimCheckpointMixin", "load_from_checkpoint"),
     "lightning_prune.callbacks.greg": ("GReg1", "GReg2"),
+    "lightning_prune.callbacks.mask_sparsity": ("MaskSparsity",),
     "lightning_prune.callbacks.structural": ("StructuralPruning",),
     "lightning_prune.errors": (
         *("ConfigurationError", "PlanError", "ProofError", "PruningError", "SlimFileError", "TraceError"),
@@ -53,6 +55,7 @@ __all__ = [
     "ConfigurationError",
     "GReg1",
     "GReg2",
+    "MaskSparsity",
     "PlanError",
     "Proof",
     "ProofError",

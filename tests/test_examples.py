@@ -34,7 +34,11 @@ def run(script: str, *args: str | Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("options", [(), ("--optimizer", "adamw", "--method", "greg2")], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--optimizer", "adamw", "--method", "greg2"), ("--method", "mask_sparsity")],
+    ids=["sgd", "adamw", "mask_sparsity"],
+)
 def test_the_demo_prunes_saves_and_reloads(options: tuple[str, ...], tmp_path: Path) -> None:
     output = run("demo.py", "--epochs", "3", "--out", tmp_path, *options)
     report = json.loads((tmp_path / "prune_report.json").read_text())
@@ -48,7 +52,7 @@ def test_the_demo_prunes_saves_and_reloads(options: tuple[str, ...], tmp_path: P
 
 
 def test_every_config_is_known() -> None:
-    assert [path.name for path in CONFIGS] == ["base.yaml", "greg1.yaml", "greg2.yaml"]
+    assert [path.name for path in CONFIGS] == ["base.yaml", "greg1.yaml", "greg2.yaml", "mask_sparsity.yaml"]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
