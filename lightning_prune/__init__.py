@@ -9,10 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_prune.callbacks.ascp import ASCP
     from lightning_prune.callbacks.checkpointing import SlimCheckpointMixin, load_from_checkpoint
     from lightning_prune.callbacks.greg import GReg1, GReg2
     from lightning_prune.callbacks.mask_sparsity import MaskSparsity
+    from lightning_prune.callbacks.magnitude import Magnitude
     from lightning_prune.callbacks.structural import StructuralPruning
+    from lightning_prune.callbacks.tpp import TPP
     from lightning_prune.errors import (
         ConfigurationError,
         PlanError,
@@ -35,10 +38,13 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "lightning_prune.callbacks.ascp": ("ASCP",),
     "lightning_prune.callbacks.checkpointing": ("SlimCheckpointMixin", "load_from_checkpoint"),
     "lightning_prune.callbacks.greg": ("GReg1", "GReg2"),
     "lightning_prune.callbacks.mask_sparsity": ("MaskSparsity",),
+    "lightning_prune.callbacks.magnitude": ("Magnitude",),
     "lightning_prune.callbacks.structural": ("StructuralPruning",),
+    "lightning_prune.callbacks.tpp": ("TPP",),
     "lightning_prune.errors": (
         *("ConfigurationError", "PlanError", "ProofError", "PruningError", "SlimFileError", "TraceError"),
     ),
@@ -50,6 +56,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ASCP",
     "ChannelGraph",
     "ChannelGroup",
     "ConfigurationError",
@@ -64,6 +71,7 @@ __all__ = [
     "SlimCheckpointMixin",
     "SlimFileError",
     "StructuralPruning",
+    "TPP",
     "TraceError",
     "choose",
     "load_from_checkpoint",

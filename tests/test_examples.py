@@ -52,7 +52,13 @@ def test_the_demo_prunes_saves_and_reloads(options: tuple[str, ...], tmp_path: P
 
 
 def test_every_config_is_known() -> None:
-    assert [path.name for path in CONFIGS] == ["base.yaml", "greg1.yaml", "greg2.yaml", "mask_sparsity.yaml"]
+    assert [path.name for path in CONFIGS] == [
+        "ascp.yaml",
+        "base.yaml",
+        "greg1.yaml",
+        "greg2.yaml",
+        "mask_sparsity.yaml",
+    ]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

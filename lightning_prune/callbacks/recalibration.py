@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -74,15 +74,14 @@ def _statistics(
 ) -> dict[str, list[Tensor]]:
     """Averages over the calls, in double precision, so that equal batches give equal numbers however many they are."""
     sums: dict[str, list[Tensor]] = {}
-    with _observing(network, norms), quiet_room(), trainer.precision_plugin.forward_context():
+    with _observing(network, norms), quiet_room(), _as_written(), trainer.precision_plugin.forward_context():
         for count, (args, kwargs) in calls:
             network(*args, **kwargs)
             for name, norm in norms.items():
                 parts = [buffer.detach().cpu().double() * count for buffer in _buffers(norm)]
                 sums[name] = [one + two for one, two in zip(sums[name], parts, strict=True)] if name in sums else parts
     total = sum(count for count, _ in calls)
-    # clones: what is made in inference mode can't be broadcast or saved everywhere
-    return {name: [(value / total).clone() for value in values] for name, values in sums.items()}
+    return {name: [value / total for value in values] for name, values in sums.items()}
 
 
 @contextmanager
@@ -105,6 +104,11 @@ def _observing(network: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None
                 buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Without compiling a network anew for a few passes."""
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
 
 
 def _counts(module: nn.Module) -> bool:
