@@ -281,7 +281,7 @@ class Regulariser(Method):
             raise ConfigurationError(f"{self._label}: {ratio} removes no channel; raise it or lower round_to.")
         self._picked = {name: tuple(numbers) for name, numbers in plain.items()}
         self._aim(self._picked)
-        self._energy = self.left()
+        self._energy = self.whole()
 
     def _aim(self, channels: Mapping[str, Sequence[int]]) -> None:
         self._targets = aim(channels, self._groups, self.reach, self._parameters)

@@ -20,6 +20,7 @@ from lightning_prune.callbacks.targets import Target, squared_norm
 from lightning_prune.callbacks.watching import PruningCallback, check
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Dynamics
+from lightning_prune.structure.choice import value_of
 
 
 class Method(PruningCallback):
@@ -48,6 +49,9 @@ class Method(PruningCallback):
     schedule_type: type[Any] | None = None
     """Of the record that :meth:`begin` returns; a checkpoint rebuilds it from its fields."""
 
+    needs: str = "channels"
+    """What a group must have to suit the method, in the words of its errors."""
+
     _groups: dict[str, structure.ChannelGroup]  # by name, those that take part
     _parameters: dict[str, nn.Parameter]  # of the pruned module, by every name
     _targets: list[Target]  # what `reach` covers of the picked channels; of all while none is picked
@@ -58,7 +62,7 @@ class Method(PruningCallback):
     _keeper: Optimizer | None  # holds most of the targets; its steps are counted
     _decoupled: bool
     _learning_rate: float | None  # at the stage's beginning
-    _energy: Tensor | None  # what was `left` at the pick
+    _energy: Tensor | None  # the `whole` at the pick
 
     def __init__(
         self,
@@ -139,6 +143,10 @@ class Method(PruningCallback):
     def reach(self, group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
         """Which of a group's members, as (parameter name, dim), the method pulls at."""
 
+    def suits(self, group: structure.ChannelGroup) -> bool:
+        """Whether the method can work on a group at all; ``needs`` says what it takes."""
+        return True
+
     def picks(self, step: int) -> bool:
         """Whether channels are to be picked, or picked anew, before this step; once at the beginning by default.
 
@@ -157,6 +165,10 @@ class Method(PruningCallback):
     def left(self) -> Tensor:
         """How far the picked channels are from going without a trace; their squared weights by default."""
         return squared_norm(self._targets)
+
+    def whole(self) -> Tensor:
+        """What :meth:`left` is a fraction of, measured at the pick; what is left then by default."""
+        return self.left()
 
     # The steps. All but `penalty` may change weights; none of them needs to think of autograd or autocast.
 
@@ -212,15 +224,20 @@ class Method(PruningCallback):
         """
         if self.ratio is None:
             raise ConfigurationError("Without ratio=... a method has to choose its channels itself.")
+        generator = torch.Generator().manual_seed(seed)
+
+        def worth(group: structure.ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
+            mine = group.name in self._groups
+            return value_of(group, tensors, score, generator) if mine else torch.zeros(group.size)
+
         chosen = structure.pick(
             graph,
             self.ratio * share,
-            score=score,
+            score=worth,
             ratios={pattern: value * share for pattern, value in (self.ratios or {}).items()},
             ignore=self.ignore,
             scope=self.scope,
             round_to=self.round_to,
-            seed=seed,
         )
         return {name: numbers for name, numbers in chosen.items() if name in self._groups}
 

@@ -58,6 +58,18 @@ def aim(
     return [Target(parameter, masked) for parameter, masked in masks.values()]
 
 
+@torch.no_grad()
+def zero_out_(targets: Sequence[Target]) -> None:
+    """Set everything to zero that the targets' masks cover.
+
+    Where they cover all members of channel groups, that is what leaves with the channels: rows and biases of the
+    layers that produce them, scales and shifts of norms, and what the next layers read from them; then the channels'
+    removal changes no output. Behind a scale and a shift of zero running statistics don't matter.
+    """
+    for target in targets:
+        target.parameter.masked_fill_(target.union().to(torch.bool), 0)
+
+
 def squared_norm(targets: Sequence[Target]) -> Tensor:
     """Squared norm of everything that the targets' masks cover."""
     weights = [target.parameter.detach() for target in targets]

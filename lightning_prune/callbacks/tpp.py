@@ -1,0 +1,213 @@
+"""Trainability preserving pruning: what stays is made independent of what goes, before that goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune import structure
+from lightning_prune.callbacks.growing import Growing, constants
+from lightning_prune.callbacks.inject import Penalty
+from lightning_prune.callbacks.targets import Target, aim, zero_out_
+from lightning_prune.callbacks.watching import check
+from lightning_prune.penalties import gram_decorrelation, weighted_l2
+from lightning_prune.schedules import TPP_CIFAR, TPP_IMAGENET, Dynamics, TPPSchedule
+
+
+@final
+class TPP(Growing):
+    r"""TPP: filters that will go are decorrelated from those that stay and shrunk with all that belongs to them.
+
+    With a strength :math:`\lambda` that grows from zero, and :math:`P` the filters that will go,
+
+    .. math::
+
+        \lambda \left( g \, R(W) + \tfrac12 \sum_{c \in P} \lVert W_c \rVert^2 + b_c^2 + \gamma_c^2 + \beta_c^2 \right)
+
+    where :math:`R` is the :func:`~lightning_prune.penalties.gram_decorrelation`, :math:`b` biases and
+    :math:`\gamma, \beta` scales and shifts of norms. While the strength holds, layers are set to zero one after the
+    other where channels will go, so that surgery changes no output. See
+    :class:`~lightning_prune.schedules.TPPSchedule` for growth and hold.
+
+    Args:
+        ratio: fraction of channels to remove, in (0, 1).
+        epochs: length of the sparse stage; growth and hold are derived for this trainer's optimiser and steps.
+        schedule: instead of ``epochs`` the constants in optimiser steps, or the published ones: ``"cifar"``,
+            ``"imagenet"`` (made for a learning rate of 1e-3).
+        reduction: of the decorrelation: ``"mean"`` over the Gram matrix, which produced the published numbers, or
+            ``"sum"``.
+        gram: :math:`g`, what the decorrelation's strength is multiplied with; ``None`` leaves it to the schedule, and
+            with ``epochs`` lowers it as far as learning rate times steepness asks for; 0 is no decorrelation.
+        coupled: penalise also what the next layers read from the channels that will go; ``False`` is the published
+            form, in which networks without normalisation make up for what shrinks.
+        ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
+        ignore: name patterns of layers to leave alone.
+        scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
+        round_to: kept widths are multiples of this.
+        start: epoch at which the sparse stage begins and the channels are picked.
+        module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
+        name: tells instances of one class apart in checkpoints and logs.
+
+    Raises:
+        ConfigurationError: an argument is out of its range, or not exactly one of ``epochs`` and ``schedule`` is given.
+
+    Source: Wang and Fu, Trainability Preserving Neural Pruning, ICLR 2023, arXiv 2207.12534.
+
+    >>> TPP(0.5, epochs=10, ignore=["stem*"]).phase
+    'wait'
+    """
+
+    schedule_type = TPPSchedule
+
+    _aimed: list[Target] | None
+    _shrinking: list[nn.Parameter]
+    _masks: list[Tensor]
+    _filters: list[tuple[nn.Parameter, int, Tensor]]
+    _zeros: list[Target]
+    _zeroed: int
+    _factor: float
+    _steepest: float | None
+
+    def __init__(
+        self,
+        ratio: float,
+        *,
+        epochs: int | None = None,
+        schedule: TPPSchedule | Literal["cifar", "imagenet"] | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        gram: float | None = None,
+        coupled: bool = True,
+        ratios: Mapping[str, float] | None = None,
+        ignore: Sequence[str] = (),
+        scope: Literal["inner", "all"] = "inner",
+        round_to: int = 1,
+        start: int = 0,
+        module: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            ratio,
+            ratios=ratios,
+            ignore=ignore,
+            scope=scope,
+            round_to=round_to,
+            start=start,
+            epochs=epochs,
+            module=module,
+            name=name,
+        )
+        check(reduction in ("mean", "sum"), f"reduction={reduction!r} must be 'mean' or 'sum'.")
+        check(gram is None or 0 <= gram < float("inf"), f"gram={gram} must be a finite number of at least 0, or None.")
+        self.schedule = schedule
+        self.reduction = reduction
+        self.gram = gram
+        self.coupled = coupled
+        self._constants = constants(epochs, schedule, {"cifar": TPP_CIFAR, "imagenet": TPP_IMAGENET})
+
+    def derive(self, steps: int, dynamics: Dynamics) -> TPPSchedule:
+        """See :meth:`~lightning_prune.schedules.TPPSchedule.derive`."""
+        return TPPSchedule.derive(steps, dynamics, layers=max(1, len(self._groups)))
+
+    def reach(self, group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
+        """What produces a channel and scales it; coupled: what reads it, too."""
+        read = () if self.coupled or not group.outputs else group.inputs
+        return [member for member in group.members if member not in read]
+
+    def update(self, step: int) -> None:
+        """Set the strength, and see what there is to penalise where that has changed."""
+        share = self.learning_rate_share()
+        self._strength = self._schedule.strength(step) / share
+        if self._aimed is not self._targets:
+            self._aimed = self._targets
+            aimed = [target for target in self._targets if target.parameter.requires_grad]
+            self._shrinking = [target.parameter for target in aimed]
+            self._masks = [target.union() for target in aimed]
+            self._filters = self._find_filters()
+        if self._steepest is None and self._filters:
+            self._steepest = self._steepness()
+        factor = self._strength * (self._schedule.gram if self.gram is None else self.gram)
+        if self.gram is None and self.epochs is not None and self._steepest and self._learning_rate is not None:
+            factor = min(factor, 0.5 / (self._steepest * self._learning_rate * share))
+        self._factor = factor
+
+    def penalty(self) -> Penalty | None:
+        """Half the squared weights of what goes, and the decorrelation of its filters."""
+        if not self._shrinking:
+            return None
+        strengths = torch._foreach_mul(self._masks, self._strength)
+        value, gradients = weighted_l2(self._shrinking, strengths)
+        pulls = {id(p): (p, g) for p, g in zip(self._shrinking, gradients, strict=True)}
+        if self._factor and self._filters:
+            weights = [parameter.movedim(dim, 0) for parameter, dim, _ in self._filters]
+            rows = [numbers for _, _, numbers in self._filters]
+            other, others = gram_decorrelation(weights, rows, reduction=self.reduction, strength=self._factor)
+            value = value + other
+            for (parameter, dim, _), gradient in zip(self._filters, others, strict=True):
+                pulls[id(parameter)][1].add_(gradient.movedim(0, dim))
+        return Penalty(value, [p for p, _ in pulls.values()], [g for _, g in pulls.values()])
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Set the layers to zero whose time has come."""
+        if self._picked and self._step is not None:
+            self._zero(self._schedule.zeroed(self._step, layers=len(self._picked)))
+
+    def conclude(self) -> None:
+        """Set all layers to zero, whatever has been stepped or skipped."""
+        self._zero(len(self._picked))
+
+    def _zero(self, layers: int) -> None:
+        if layers != self._zeroed:
+            first = dict(list(self._picked.items())[:layers])
+            self._zeros = aim(first, self._groups, lambda group: group.members, self._parameters)
+            self._zeroed = layers
+        zero_out_(self._zeros)
+
+    def _steepness(self) -> float:
+        r"""Of the steepest layer at the pick: :math:`4 \lVert W \rVert_2^2 / N^2`, without the second for a sum."""
+        found = []
+        for parameter, dim, _ in self._filters:
+            weight = parameter.detach().movedim(dim, 0).flatten(1).float()
+            count = weight.shape[0] ** 2 if self.reduction == "mean" else 1
+            found.append(4 * torch.linalg.matrix_norm(weight, ord=2).square() / count)
+        return self.agreed(float(torch.stack(found).max()))
+
+    def memory(self) -> dict[str, Any]:
+        """How steep the decorrelation was at the pick."""
+        return {"steepest": self._steepest}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Take over what :meth:`memory` had saved."""
+        self._steepest = memory["steepest"]
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._steepest = None
+
+    def _find_filters(self) -> list[tuple[nn.Parameter, int, Tensor]]:
+        """Every weight that produces picked channels, the dim of its filters, and which of them go."""
+        found: dict[tuple[int, int], tuple[nn.Parameter, list[Tensor]]] = {}
+        for name, numbers in self._picked.items():
+            group = self._groups[name]
+            for member, dim in group.outputs:
+                parameter = self._parameters.get(member)
+                if parameter is not None and parameter.requires_grad and parameter.dim() > 1:
+                    rows = group.index[member, dim][list(numbers)].flatten()
+                    found.setdefault((id(parameter), dim), (parameter, []))[1].append(rows)
+        return [
+            (parameter, dim, torch.cat(rows).unique().to(parameter.device))
+            for (_, dim), (parameter, rows) in found.items()
+        ]
+
+    def _leave(self) -> None:
+        super()._leave()
+        self._aimed = None
+        self._shrinking = []
+        self._masks = []
+        self._filters = []
+        self._zeros = []
+        self._zeroed = 0
+        self._factor = 0.0
