@@ -16,8 +16,8 @@ from lightning_prune import structure
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.dynamics import dynamics_of
 from lightning_prune.callbacks.inject import Penalty
-from lightning_prune.callbacks.joining import taking_part
 from lightning_prune.callbacks.masks import doomed_channels, scales_of
+from lightning_prune.callbacks.targets import zero_out_
 from lightning_prune.callbacks.watching import check
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.penalties import masked_l1, soft_threshold_
@@ -104,6 +104,7 @@ class MaskSparsity(Regulariser):
     """
 
     schedule_type = MaskStage
+    needs = "a norm with scales"
 
     _record: MaskSparsityStrength
     _masked_at: int | None
@@ -186,6 +187,10 @@ class MaskSparsity(Regulariser):
         norms = {layer_of(name) for name, _ in group.scales}
         return [*group.scales, *(member for member in group.shifts if layer_of(member[0]) in norms)]
 
+    def suits(self, group: structure.ChannelGroup) -> bool:
+        """Without a scale there is nothing to pull at."""
+        return bool(group.scales)
+
     def picks(self, step: int) -> bool:
         """At the end of the global stage, and where ``mask_at`` says so."""
         made = -1 if self._masked_at is None else self._masked_at
@@ -262,7 +267,7 @@ class MaskSparsity(Regulariser):
     def conclude(self) -> None:
         """Set to zero what will go, unless published constants are asked for."""
         if self._schedule.hold:
-            torch._foreach_mul_([t.parameter for t in self._targets], [1 - t.union() for t in self._targets])
+            zero_out_(self._targets)
 
     def memory(self) -> dict[str, Any]:
         """The strength in use, and when mask and strength were last looked at."""
@@ -273,24 +278,6 @@ class MaskSparsity(Regulariser):
         self._record = MaskSparsityStrength(**memory["record"])
         self._masked_at = memory["masked_at"]
         self._checked_at = memory["checked_at"]
-
-    def _join(self, trainer: Trainer, graph: structure.ChannelGraph) -> None:
-        """Leave alone what has no norm to pull at."""
-        meant = taking_part(self, graph, self._label)
-        bare = [name for name, group in meant.items() if not group.scales]
-        some = ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else "")
-        if len(bare) == len(meant):
-            raise ConfigurationError(
-                f"{self._label}: none of the {len(meant)} layers to prune has a norm with scales ({some}); use a "
-                "method that pulls at weights."
-            )
-        super()._join(trainer, graph)
-        self._groups = {name: group for name, group in self._groups.items() if group.scales}
-        if bare:
-            rank_zero_warn(
-                f"{self._label}: {len(bare)} of {len(meant)} layers have no norm with scales and stay as they are "
-                f"({some}); put them on ignore, or prune them with another method."
-            )
 
     def _forget(self) -> None:
         super()._forget()
