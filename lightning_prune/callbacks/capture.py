@@ -82,7 +82,8 @@ class Capture:
         if not self._handles:
             names = dict(self._pl_module.named_modules()) if self._graph is None else {self._name or "": self.module}
             for name, module in names.items():
-                self._watch(name, module)
+                if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                    self._watch(name, module)
         self._calls.clear()
 
     def end_batch(self) -> None:
@@ -120,7 +121,11 @@ class Capture:
     def _candidate(self) -> str:
         if self._name is not None:
             if self._name not in self._calls:
-                raise ConfigurationError(f"module={self._name!r} isn't called by training_step, so it can't be pruned.")
+                parts = ", ".join(name for name in self._calls if name.startswith(f"{self._name}."))
+                why = f" (only its parts {parts} are)" if parts else ""
+                raise ConfigurationError(
+                    f"module={self._name!r} isn't called by training_step, so it can't be pruned{why}; call it as a module."
+                )
             return self._name
         outermost = list(self._calls)
         if "" in outermost:
@@ -130,8 +135,9 @@ class Capture:
                 "training_step calls no module that has parameters; call the network as a module, not its forward."
             )
         if len(outermost) > 1:
+            names = ", ".join(outermost)
             raise ConfigurationError(
-                f"training_step calls several modules ({', '.join(outermost)}); name the one to prune with module=..."
+                f"training_step calls several modules ({names}); name one with module=..., or call what contains them."
             )
         return outermost[0]
 

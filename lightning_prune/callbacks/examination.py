@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.callbacks.operation import on_first_rank, run_together
+from lightning_prune.errors import ProofError
 from lightning_prune.reports.batches import resized
 from lightning_prune.reports.cost import Cost, count_cost
 from lightning_prune.reports.latency import Latency, measure_latency
@@ -55,10 +56,12 @@ def examine(
 
 
 def _prove(network: nn.Module, plan: PruningPlan, inputs: Inputs, tolerance: float | None) -> Proof:
-    """On a few samples; on the whole batch where the network doesn't work, or the proof fails, with a part of it."""
+    """On a few samples; on the whole batch where the network doesn't run with a part of it."""
     few = _few(inputs)
     try:
         return prove(network, plan, few[0], few[1] or None, tolerance)
+    except ProofError:
+        raise
     except Exception:
         if few is inputs:
             raise

@@ -46,7 +46,37 @@ def replica(model: nn.Module, device: torch.device | str | None = None) -> nn.Mo
     for buffer in model.buffers():
         memo[id(buffer)] = _moved(buffer, target)
     with torch.no_grad(), _CopyTensors(target):
-        return copy.deepcopy(model, memo)
+        try:
+            copied = copy.deepcopy(model, dict(memo))
+        except TypeError:
+            copied = copy.deepcopy(model, {**memo, **_uncopyable(model)})
+    for original, twin in zip(model.modules(), copied.modules(), strict=True):
+        _complete(original, twin)
+    return copied
+
+
+def _uncopyable(model: nn.Module) -> dict[int, Any]:
+    """Attributes such as locks and open files can't be copied; a copy of their module shares them."""
+    shared = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if not isinstance(value, (nn.Module, Tensor, dict, list, tuple, set)):
+                try:
+                    copy.deepcopy(value, {id(module): module})
+                except Exception:  # whatever its copy asks for
+                    shared[id(value)] = value
+    return shared
+
+
+def _complete(original: nn.Module, twin: nn.Module) -> None:
+    """What a module leaves out of its copies (a trainer, say) is shared; a forward bound to the original is dropped."""
+    for name, value in vars(original).items():
+        if value is not None and vars(twin).get(name) is None:
+            vars(twin)[name] = value
+    forward = vars(twin).get("forward")
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    if forward is not None and getattr(forward, "__self__", twin) is not twin:
+        del vars(twin)["forward"]
 
 
 def arguments(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 
@@ -146,3 +147,26 @@ def test_numbers_without_a_tensor_follow() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net(image())
+
+
+def test_what_can_not_be_copied_is_shared() -> None:
+    """A lock on the module, an attribute left out of its pickles, a forward that is bound to the original."""
+
+    class Odd(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = threading.Lock()
+            self.owner = "somebody"
+
+        def __getstate__(self) -> dict[str, object]:
+            return {**vars(self), "owner": None}
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.owner == "somebody"
+            with self.lock:
+                return super().forward(x)
+
+    model = Odd()
+    vars(model)["forward"] = model.forward
+    graph = trace(model, image())
+    assert sorted(group.name for group in graph.groups) == ["inner.0", "stem.0"]
