@@ -31,7 +31,6 @@ from lightning_prune.clusters import churn, representatives
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import cluster_pull
 from lightning_prune.schedules import SHAPES, ASCPSchedule, Dynamics
-from lightning_prune.structure.choice import matches
 from lightning_prune.structure.plan import named_tensors
 
 METHODS = ("kmeans", "ward", "even", "imbalanced", "random")
@@ -96,6 +95,7 @@ class ASCP(Regulariser):
     """
 
     schedule_type = Pull
+    needs = "channels that can be merged"
 
     _labels: dict[str, Tensor]
     _ratios: dict[str, float]
@@ -172,6 +172,10 @@ class ASCP(Regulariser):
     def reach(self, group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
         """Whatever must be alike for channels to be alike."""
         return own_members(group)
+
+    def suits(self, group: structure.ChannelGroup) -> bool:
+        """Nothing may read its channels all together."""
+        return group.mergeable
 
     def picks(self, step: int) -> bool:
         """Channels are picked at an epoch's end."""
@@ -321,29 +325,11 @@ class ASCP(Regulariser):
         super()._join(trainer, graph)
         self._calls = RecentCalls(self.recalibrate)
         ratios = structure.select(graph, self.ratio or 0.5, ratios=self.ratios, ignore=self.ignore, scope=self.scope)
-        self._groups = self._mergeable()
         self._ratios = {name: ratios[name] for name in self._groups}
         if all(self._count(name, self._rates.epochs) == group.size for name, group in self._groups.items()):
             raise ConfigurationError(
                 f"{self._label}: ratio={self.ratio} merges no channel; raise it or lower round_to."
             )
-
-    def _mergeable(self) -> dict[str, structure.ChannelGroup]:
-        """The groups whose channels can be merged; it is an error to ask for others by name."""
-        usable = {name: group for name, group in self._groups.items() if group.mergeable}
-        rest = {name: group for name, group in self._groups.items() if not group.mergeable}
-        for pattern, value in (self.ratios or {}).items():
-            named = [name for name, group in rest.items() if value and matches(group, pattern)]
-            if named and not any(matches(group, pattern) for group in usable.values()):
-                raise ConfigurationError(
-                    f"ratios[{pattern!r}] names {named[0]!r}, whose channels can't be merged: something reads them all "
-                    "together."
-                )
-        if rest:
-            rank_zero_info(
-                f"{self._label} leaves {', '.join(rest)} alone: something reads all their channels together."
-            )
-        return usable
 
     def _forget(self) -> None:
         super()._forget()
