@@ -124,7 +124,7 @@ class Capture:
                 parts = ", ".join(name for name in self._calls if name.startswith(f"{self._name}."))
                 why = f" (only its parts {parts} are)" if parts else ""
                 raise ConfigurationError(
-                    f"module={self._name!r} isn't called by training_step, so it can't be pruned{why}; call it as a module."
+                    f"module={self._name!r} isn't called by training_step, so it can't be pruned{why}; call it itself."
                 )
             return self._name
         outermost = list(self._calls)

@@ -69,14 +69,17 @@ def _uncopyable(model: nn.Module) -> dict[int, Any]:
 
 
 def _complete(original: nn.Module, twin: nn.Module) -> None:
-    """What a module leaves out of its copies (a trainer, say) is shared; a forward bound to the original is dropped."""
+    """What a module leaves out of its copies (a trainer, say) is shared, except what would lead back to the original."""
     for name, value in vars(original).items():
-        if value is not None and vars(twin).get(name) is None:
+        if value is not None and vars(twin).get(name) is None and not _bound_to(value, original):
             vars(twin)[name] = value
-    forward = vars(twin).get("forward")
-    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
-    if forward is not None and getattr(forward, "__self__", twin) is not twin:
+    if _bound_to(vars(twin).get("forward"), original):
         del vars(twin)["forward"]
+
+
+def _bound_to(value: Any, module: nn.Module) -> bool:
+    """Whether this is a method of the module, compiled or not."""
+    return getattr(getattr(value, "_torchdynamo_orig_callable", value), "__self__", None) is module
 
 
 def arguments(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
