@@ -69,17 +69,14 @@ def _uncopyable(model: nn.Module) -> dict[int, Any]:
 
 
 def _complete(original: nn.Module, twin: nn.Module) -> None:
-    """What a module leaves out of its copies (a trainer, say) is shared, except what would lead back to the original."""
+    """Share what a module leaves out of its copies (a trainer, say), but nothing that runs the original."""
     for name, value in vars(original).items():
-        if value is not None and vars(twin).get(name) is None and not _bound_to(value, original):
+        if value is not None and vars(twin).get(name) is None and not callable(value):
             vars(twin)[name] = value
-    if _bound_to(vars(twin).get("forward"), original):
+    forward = vars(twin).get("forward")
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # compiled: what it was made from
+    if getattr(forward, "__self__", None) is original:
         del vars(twin)["forward"]
-
-
-def _bound_to(value: Any, module: nn.Module) -> bool:
-    """Whether this is a method of the module, compiled or not."""
-    return getattr(getattr(value, "_torchdynamo_orig_callable", value), "__self__", None) is module
 
 
 def arguments(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
