@@ -21,11 +21,25 @@ from data import CIFAR10, Digits
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.console import Console
 
-from lightning_prune import ASCP, GReg1, GReg2, MaskSparsity, PruningPlan, StructuralPruning, load_slim, save_slim
+from lightning_prune import (
+    ASCP,
+    TPP,
+    GReg1,
+    GReg2,
+    Magnitude,
+    MaskSparsity,
+    PruningPlan,
+    StructuralPruning,
+    load_slim,
+    save_slim,
+)
 from lightning_prune.reports import surgery_table
 from lightning_prune.structure import masked_state, read_slim_header
 
-METHODS: dict[str, type[Any]] = {"ascp": ASCP, "greg1": GReg1, "greg2": GReg2, "mask_sparsity": MaskSparsity}
+METHODS: dict[str, type[Any]] = {
+    **{"ascp": ASCP, "greg1": GReg1, "greg2": GReg2},
+    **{"magnitude": Magnitude, "mask_sparsity": MaskSparsity, "tpp": TPP},
+}
 NETWORKS = {
     "digits": {"channels": 1, "width": 32, "stages": 2, "blocks": 2},
     "cifar10": {"channels": 3, "width": 16, "stages": 3, "blocks": 3},

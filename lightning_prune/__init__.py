@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks.ascp import ASCP
     from lightning_prune.callbacks.checkpointing import SlimCheckpointMixin, load_from_checkpoint
     from lightning_prune.callbacks.greg import GReg1, GReg2
-    from lightning_prune.callbacks.mask_sparsity import MaskSparsity
     from lightning_prune.callbacks.magnitude import Magnitude
+    from lightning_prune.callbacks.mask_sparsity import MaskSparsity
     from lightning_prune.callbacks.structural import StructuralPruning
     from lightning_prune.callbacks.tpp import TPP
     from lightning_prune.errors import (
@@ -62,6 +62,7 @@ __all__ = [
     "ConfigurationError",
     "GReg1",
     "GReg2",
+    "Magnitude",
     "MaskSparsity",
     "PlanError",
     "Proof",

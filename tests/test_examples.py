@@ -57,7 +57,9 @@ def test_every_config_is_known() -> None:
         "base.yaml",
         "greg1.yaml",
         "greg2.yaml",
+        "magnitude.yaml",
         "mask_sparsity.yaml",
+        "tpp.yaml",
     ]
 
 

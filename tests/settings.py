@@ -1,0 +1,153 @@
+"""One row per method: arguments that finish in about 20 optimiser steps on a tiny network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.callbacks.ascp import ASCP
+from lightning_prune.callbacks.base import Regulariser
+from lightning_prune.callbacks.greg import GReg1, GReg2
+from lightning_prune.callbacks.magnitude import Magnitude
+from lightning_prune.callbacks.mask_sparsity import MaskSparsity
+from lightning_prune.callbacks.tpp import TPP
+from lightning_prune.schedules import ASCPSchedule, GReg1Schedule, GReg2Schedule, TPPSchedule
+from lightning_prune.structure import masked_state, trace
+from tests.callbacks.nets import conv_net
+
+EPOCHS = 3
+"""Epochs of every row's stage; ``BATCHES`` each."""
+
+BATCHES = 7
+
+
+Formula = Callable[[nn.Module, dict[str, tuple[int, ...]], float], Tensor]
+"""What a method adds to the loss, for autograd: of the network, the channels that go, and the strength."""
+
+
+def everything(net: nn.Module, removal: dict[str, tuple[int, ...]], strength: float) -> Tensor:
+    """Half the squared weights of all that leaves with the channels."""
+    plan = trace(net, torch.zeros(2, 3, 6, 6, dtype=next(net.parameters()).dtype)).plan(removal)
+    without, weights = masked_state(net, plan), dict(net.named_parameters())
+    parts = [(weights[name] * (weights[name].detach() != without[name])) ** 2 for name in without if name in weights]
+    return strength / 2 * torch.stack([part.sum() for part in parts]).sum()
+
+
+def rows(names: dict[str, tuple[str, ...]]) -> Formula:
+    """Half the squared rows of the named parameters, one tuple of names per group."""
+
+    def formula(net: nn.Module, removal: dict[str, tuple[int, ...]], strength: float) -> Tensor:
+        weights = dict(net.named_parameters())
+        parts = [weights[name][list(removal[group])] for group in removal for name in names[group]]
+        return strength / 2 * torch.stack([part.square().sum() for part in parts]).sum()
+
+    return formula
+
+
+def absolute(*names: str) -> Formula:
+    """MaskSparsity: absolute scales, and biases if named, of the norms "1" of group "0" and "4" of group "3"."""
+
+    def formula(net: nn.Module, removal: dict[str, tuple[int, ...]], strength: float) -> Tensor:
+        norms = {"0": net.get_submodule("1"), "3": net.get_submodule("4")}
+        parts = [getattr(norms[group], name)[list(gone)] for group, gone in removal.items() for name in names]
+        return strength * torch.stack([part.abs().sum() for part in parts]).sum()
+
+    return formula
+
+
+def with_kept(kept: float) -> Formula:
+    """GReg-2: as :func:`everything`, and the kept rows of the convolutions with a strength of their own."""
+
+    def formula(net: nn.Module, removal: dict[str, tuple[int, ...]], strength: float) -> Tensor:
+        value = everything(net, removal, strength)
+        for group, gone in removal.items():
+            weight = net.get_submodule(group).weight
+            stay = [channel for channel in range(len(weight)) if channel not in gone]
+            read = [column for column in range(weight.shape[1]) if group != "3" or column not in removal["0"]]
+            value = value + kept / 2 * weight[stay][:, read].square().sum()
+        return value
+
+    return formula
+
+
+def decorrelated(gram: float, rest: Formula) -> Formula:
+    """TPP: the Gram matrix's entries in pruned rows or columns, and the rest."""
+
+    def formula(net: nn.Module, removal: dict[str, tuple[int, ...]], strength: float) -> Tensor:
+        value = rest(net, removal, strength)
+        for group, gone in removal.items():
+            flat = net.get_submodule(group).weight.flatten(1)
+            mask = torch.zeros(len(flat), len(flat), dtype=flat.dtype)
+            mask[list(gone)] = mask[:, list(gone)] = 1
+            value = value + strength * gram * (mask * (flat @ flat.T) ** 2).mean()
+        return value
+
+    return formula
+
+
+def apart(net: nn.Module, removal: dict[str, tuple[int, ...]], strength: float) -> Tensor:
+    """ASCP: half the squared distance to the clusters' means; a channel that goes is alike the last that stays."""
+    value = torch.zeros((), dtype=next(net.parameters()).dtype)
+    for group, gone in removal.items():
+        labels = torch.tensor([channel not in gone for channel in range(8)]).cumsum(0) - 1
+        for layer in (net.get_submodule(group), net.get_submodule(str(int(group) + 1))):
+            for weight in layer.parameters():
+                members = [weight[labels == label] for label in range(int(labels.max()) + 1)]
+                value = value + strength / 2 * sum((one - one.mean(dim=0)).square().sum() for one in members)
+    return value
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method and what it promises.
+
+    Args:
+        method: the class.
+        arguments: beside ``ratio=0.5``, ``epochs`` among them where the method takes any.
+        formula: what it adds to the loss in the middle of the stage; ``None`` for nothing.
+        exact: whether surgery changes no output, in eval and train mode, after any stage however short.
+        net: builds a network of 8 channels in the layers "0" and "3" that suits it.
+    """
+
+    method: type[Regulariser]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    formula: Formula | None = None
+    exact: bool = False
+    net: Callable[[], nn.Module] = conv_net
+
+    def build(self, **changes: Any) -> Any:
+        """A new callback."""
+        return self.method(0.5, **{**self.arguments, **changes})
+
+
+GROWTH1 = GReg1Schedule(0.1, 0.8, 2, 5, stop_ratio=None)
+GROWTH2 = GReg2Schedule(0.02, 0.06, 0.1, 0.56, 2, 4, kept=-0.01, stop_ratio=None)
+GROWTH_TPP = TPPSchedule(0.1, 0.8, 2, 3, gram=2.0, zero_every=1)
+FILTERS = rows({"0": ("0.weight",), "3": ("3.weight",)})
+PUBLISHED = rows({"0": ("0.weight", "0.bias", "1.weight", "1.bias"), "3": ("3.weight", "4.weight", "4.bias")})
+
+ALL_AT_ONCE = ASCPSchedule(EPOCHS, "const", freeze_after=0.3)
+
+SETTINGS = {
+    "ascp": Setting(ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5}, apart, exact=True),
+    "ascp, centripetal": Setting(
+        ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5, "finish": "centripetal"}, apart, exact=True
+    ),
+    "greg1": Setting(GReg1, {"schedule": GROWTH1}, everything),
+    "greg1 as published": Setting(GReg1, {"schedule": GROWTH1, "coupled": False}, FILTERS),
+    "greg2": Setting(GReg2, {"schedule": GROWTH2}, with_kept(-0.01)),
+    "magnitude": Setting(Magnitude, {"epochs": EPOCHS}),
+    "magnitude in steps": Setting(Magnitude, {"epochs": EPOCHS, "steps": 3, "score": "l2"}),
+    "mask_sparsity": Setting(MaskSparsity, {"epochs": EPOCHS}, absolute("weight", "bias"), exact=True),
+    "mask_sparsity, scales alone": Setting(
+        MaskSparsity, {"epochs": EPOCHS, "penalize_bias": False}, absolute("weight")
+    ),
+    "tpp": Setting(TPP, {"schedule": GROWTH_TPP}, decorrelated(2.0, everything), exact=True),
+    "tpp as published": Setting(
+        TPP, {"schedule": GROWTH_TPP, "coupled": False}, decorrelated(2.0, PUBLISHED), exact=True
+    ),
+}
