@@ -152,15 +152,16 @@ class Regulariser(Method):
         """See whether an epoch or the stage is over, and log."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.finished:
+            if self._logged != self._phase:
+                self._log(pl_module)  # once, so that nobody takes the last strength for the present one
             return
         steps = (trainer.global_step if pl_module.automatic_optimization else self._ticks) - self._origin
-        before = self._phase
         if self._acts and self.epochs is None and self.done(steps) and not self.ready:
             self._conclude()
             self._phase = "ready"
         elif self._acts and is_last_batch(trainer, batch_idx):
             self._end_epoch(trainer)
-        if batch_idx == 0 or steps % trainer.log_every_n_steps == 0 or self._phase != before:  # type: ignore[attr-defined]
+        if batch_idx == 0 or steps % trainer.log_every_n_steps == 0 or self._phase != self._logged:  # type: ignore[attr-defined]
             self._log(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -327,3 +328,4 @@ class Regulariser(Method):
         }
         for key, value in values.items():
             pl_module.log(f"{self._label}/{key}", value, prog_bar=True)
+        self._logged = self._phase

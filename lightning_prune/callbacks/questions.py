@@ -97,6 +97,7 @@ class Method(PruningCallback):
         self._label = name or type(self).__name__.lower()
         self._fit: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None
         self._handles: list[RemovableHandle] = []
+        self._logged = ""
         self._forget()
 
     @property

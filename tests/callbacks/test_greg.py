@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune.callbacks.base import PHASES, Regulariser
 from lightning_prune.callbacks.greg import GReg1, GReg2
+from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.schedules import GREG1_CIFAR, GREG2_IMAGENET, GReg1Schedule, GReg2Schedule
 from lightning_prune.structure import trace
@@ -492,6 +493,22 @@ def test_everything_is_logged() -> None:
     assert [PHASES[int(shown["greg1/phase"])] for shown in diary.shown] == [*diary.phases[:13], *["ready"] * 11]
     energies = [shown["greg1/energy"] for shown in diary.shown]
     assert energies[0] == pytest.approx(1, abs=0.1) and energies[-1] < energies[0]
+
+
+@pytest.mark.filterwarnings(SHORT)
+def test_the_phase_that_is_shown_is_the_present_one(tmp_path: Path) -> None:
+    """With Lightning's default of a log line every 50 steps, and through surgery to the end."""
+    shown: list[int] = []
+
+    class Bar(Callback):
+        def on_train_batch_start(self, run: Any, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            shown.append(int(run.progress_bar_metrics.get("greg1/phase", 0)))
+
+    run = trainer(GReg1(0.5, epochs=2), StructuralPruning(), Bar(), max_epochs=4, default_root_dir=tmp_path)
+    run.fit(Classifier(seeded(linear_net)), feature_loader(8))
+    assert [PHASES[phase] for phase in dict.fromkeys(shown)] == ["wait", "grow", "hold", "done"]
+    assert shown[17:] == [PHASES.index("done")] * 15
+    assert run.progress_bar_metrics["greg1/strength"] == run.progress_bar_metrics["greg1/energy"] == 0
 
 
 # The door.
