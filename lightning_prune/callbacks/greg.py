@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune import structure
 from lightning_prune.callbacks.growing import Growing, constants
@@ -25,6 +25,24 @@ from lightning_prune.schedules import (
 from lightning_prune.scores import l1
 
 
+class _Measure(NamedTuple):
+    """One weight that a group is ranked by.
+
+    Args:
+        parameter: the weight.
+        dim: along which its channels run.
+        positions: positions of each channel along it, ``(C, k)``.
+        goes: which channels go, ``(C,)``.
+        stay: one at the slices of the others, in the smallest shape that broadcasts to the weight.
+    """
+
+    parameter: nn.Parameter
+    dim: int
+    positions: Tensor
+    goes: Tensor
+    stay: Tensor
+
+
 class _GReg(Growing):
     """What GReg-1 and GReg-2 share: the growing L2 penalty, its coefficients per parameter, the early stop."""
 
@@ -33,6 +51,7 @@ class _GReg(Growing):
     _stopped: dict[str, int]
     _seen: int
     _ratios: Tensor | None
+    _measures: dict[str, list[_Measure]] | None
     _setting: tuple[Any, ...] | None
     _coefficients: list[Tensor]
 
@@ -103,6 +122,7 @@ class _GReg(Growing):
 
     def _leave(self) -> None:
         super()._leave()
+        self._measures = None
         self._setting = None
         self._coefficients = []
 
@@ -129,7 +149,7 @@ class _GReg(Growing):
 
     def _with_kept(self, weighed: list[Tensor], kept: float) -> list[Tensor]:
         """Give the kept rows of the producing weights their own strength, where nothing that goes crosses them."""
-        rows = self._kept_rows()
+        rows = {id(measure.parameter): measure.stay for measures in self._measured().values() for measure in measures}
         return [
             torch.where(strength > 0, strength, kept * rows[id(target.parameter)])
             if id(target.parameter) in rows
@@ -137,17 +157,25 @@ class _GReg(Growing):
             for target, strength in zip(self._targets, weighed, strict=True)
         ]
 
-    def _kept_rows(self) -> dict[int, Tensor]:
-        rows: dict[int, Tensor] = {}
-        for name, removed in self._picked.items():
-            group = self._groups[name]
-            stay = torch.ones(group.size, dtype=torch.bool)
-            stay[list(removed)] = False
-            for member, dim in _weights(group):
-                parameter = self._parameters.get(member)
-                if parameter is not None:
-                    rows[id(parameter)] = slices(parameter, dim, group.index[member, dim][stay])
-        return rows
+    def _measured(self) -> dict[str, list[_Measure]]:
+        """By picked group what it is ranked by; made once per pick, on the parameters' device."""
+        if self._measures is None:
+            self._measures = {name: self._measures_of(name) for name in self._picked}
+        return self._measures
+
+    def _measures_of(self, name: str) -> list[_Measure]:
+        group = self._groups[name]
+        goes = torch.zeros(group.size, dtype=torch.bool)
+        goes[list(self._picked[name])] = True
+        found = []
+        for member, dim in _weights(group):
+            parameter = self._parameters.get(member)
+            if parameter is not None:
+                index = group.index[member, dim]
+                stay = slices(parameter, dim, index[~goes])
+                device = parameter.device
+                found.append(_Measure(parameter, dim, index.to(device), goes.to(device), stay))
+        return found
 
     @torch.no_grad()
     def _watch_ratios(self, event: int) -> None:
@@ -155,7 +183,7 @@ class _GReg(Growing):
         schedule = self._schedule
         if schedule.stop_ratio is None or len(self._stopped) == len(self._picked):
             return
-        now = torch.stack([self._ratio(name) for name in self._picked])
+        now = torch.stack([_ratio(measures) for measures in self._measured().values()])
         before = now if self._ratios is None else self._ratios.to(now.device)
         self._ratios = schedule.smoothing * before + (1 - schedule.smoothing) * now
         if event % schedule.check_every == 0:
@@ -163,20 +191,6 @@ class _GReg(Growing):
             self._stop(self.agreed(reached), event)
         if event >= schedule.events - 1:
             self._stopped = {name: self._stopped.get(name, event) for name in self._picked}
-
-    def _ratio(self, name: str) -> Tensor:
-        group, removed = self._groups[name], self._picked[name]
-        scores = [
-            l1(self._parameters[member].movedim(dim, 0))[
-                group.index[member, dim].to(self._parameters[member].device)
-            ].mean(dim=1)
-            for member, dim in _weights(group)
-            if member in self._parameters
-        ]
-        score = torch.stack(scores).mean(dim=0)
-        gone = torch.zeros(group.size, dtype=torch.bool, device=score.device)
-        gone[list(removed)] = True
-        return score[~gone].mean() / score[gone].mean()
 
 
 @final
@@ -331,3 +345,10 @@ class GReg2(_GReg):
 def _weights(group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
     """The weights that the papers regularise and rank: the producing ones, the consuming ones where none produces."""
     return group.outputs or group.inputs
+
+
+def _ratio(measures: Sequence[_Measure]) -> Tensor:
+    """Mean absolute weight of the channels that stay over that of those that go."""
+    rows = [l1(parameter.movedim(dim, 0))[positions].mean(dim=1) for parameter, dim, positions, *_ in measures]
+    score, goes = torch.stack(rows).mean(dim=0), measures[0].goes
+    return (score * ~goes).sum() / (~goes).sum() / ((score * goes).sum() / goes.sum())
