@@ -31,7 +31,7 @@ from lightning_prune.clusters import churn, representatives
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import cluster_pull
 from lightning_prune.schedules import SHAPES, ASCPSchedule, Dynamics
-from lightning_prune.structure.plan import named_tensors
+from lightning_prune.structure.plan import named_tensors, submodule
 
 METHODS = ("kmeans", "ward", "even", "imbalanced", "random")
 
@@ -153,16 +153,16 @@ class ASCP(Regulariser):
     # The stage.
 
     def begin(self, steps: int | None, dynamics: Dynamics) -> Pull:
-        """The pull; the rate has been known from the beginning."""
-        return Pull(self.pull)
-
-    def entered(self, trainer: Trainer, dynamics: Dynamics) -> None:
-        """Refuse a pull that would overshoot; say where it acts."""
+        """The pull, unless it would overshoot; the rate has been known from the beginning."""
         if dynamics.learning_rate * self.pull >= 1:
             raise ConfigurationError(
                 f"{self._label}: learning rate {dynamics.learning_rate:g} times pull={self.pull:g} must stay below 1; "
                 "lower one of them."
             )
+        return Pull(self.pull)
+
+    def entered(self, trainer: Trainer, dynamics: Dynamics) -> None:
+        """Say where the pull acts."""
         if self.pull and dynamics.decoupled:
             kind = type(self._keeper).__name__
             rank_zero_info(f"{self._label}: {kind} rescales gradients, so the pull acts after each step instead.")
@@ -176,6 +176,10 @@ class ASCP(Regulariser):
     def suits(self, group: structure.ChannelGroup) -> bool:
         """Nothing may read its channels all together."""
         return group.mergeable
+
+    def known_after(self, schedule: Any, steps: int | None) -> int:
+        """After the epoch whose partition is final."""
+        return (steps or 0) * self._rates.freeze_epoch // self._rates.epochs
 
     def picks(self, step: int) -> bool:
         """Channels are picked at an epoch's end."""
@@ -248,9 +252,9 @@ class ASCP(Regulariser):
     def conclude(self) -> None:
         """What surgery finds: alike in the weight averages too, with running statistics of the merged channels."""
         trainer, pl_module = self._run()
-        network = pl_module.get_submodule(self.capture.name or "")
+        network = submodule(pl_module, self.capture.name or "")
         for twin in average_models(trainer):
-            self._make_alike(named_tensors(twin.get_submodule(self.capture.name or "")))
+            self._make_alike(named_tensors(submodule(twin, self.capture.name or "")))
         recalibrate_(trainer, network, self._calls)
         self._calls.clear()
         buffers = dict(network.named_buffers())

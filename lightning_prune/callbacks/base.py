@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,10 +26,27 @@ from lightning_prune.callbacks.questions import Method
 from lightning_prune.callbacks.targets import aim
 from lightning_prune.callbacks.watching import PruningCallback, check
 from lightning_prune.errors import ConfigurationError, PlanError
+from lightning_prune.structure.plan import plain_name
 
 __all__ = ["PHASES", "Method", "PruningCallback", "Regulariser", "check"]
 
 Decision = TypeVar("Decision")
+
+TRACE = 1e-2
+"""Share of its energy up to which a channel goes without a trace worth a warning."""
+
+
+class Timetable(NamedTuple):
+    """A sparse stage in optimiser steps.
+
+    Args:
+        known: after how many it is known which channels go.
+        length: of the whole stage; ``None`` where nobody can tell.
+    """
+
+    known: int
+    length: int | None
+
 
 PHASES = ("wait", "pick", "grow", "hold", "ready", "done")
 """A regulariser's phases in their order; the log shows the position in this tuple."""
@@ -80,6 +97,32 @@ class Regulariser(Method):
             return self._remaining
         return self.left() / self._energy.to(self._targets[0].parameter.device).clamp_min(1e-30)
 
+    def timetable(self, trainer: Trainer) -> Timetable | None:
+        """When the sparse stage will do what, before it has begun; ``None`` afterwards.
+
+        Raises:
+            ConfigurationError: the stage can't work with this trainer and its optimisers.
+        """
+        steps = stage_steps(trainer, self.epochs)
+        if not trainer.optimizers or self._phase != "wait":
+            return None
+        # which of several optimisers it will be is known later; the gentlest is refused last
+        dynamics = min(map(dynamics_of, trainer.optimizers), key=lambda each: each.learning_rate)
+        schedule = self.begin(steps, dynamics)
+        return Timetable(self.known_after(schedule, steps), self.steps_needed() if steps is None else steps)
+
+    def remainder(self) -> str | None:
+        """One sentence where more than a trace is left of the channels that go, just before surgery; waits for it."""
+        if not self.collapses or not self._targets or not self._picked:
+            return None
+        left = float(self.energy())
+        if left <= TRACE:
+            return None
+        return (
+            f"{self._label}: {left:.2g} of the energy was left in the channels that went, more than {TRACE:g}; a longer"
+            " sparse stage loses less."
+        )
+
     def agreed(self, decision: Decision) -> Decision:
         """Rank 0's decision, on every rank."""
         trainer = None if self._fit is None else self._fit[0]()
@@ -113,11 +156,9 @@ class Regulariser(Method):
         if self._phase in ("ready", "done"):
             return
         refuse_sharded_state(trainer.optimizers)
-        steps = stage_steps(trainer, self.epochs)
-        if trainer.optimizers and self._phase == "wait":
-            self.begin(steps, dynamics_of(trainer.optimizers[0]))
-            length = self.steps_needed() if steps is None else steps
-            refuse_misfit(trainer, type(self).__name__, self.start, self.epochs, length)
+        stage = self.timetable(trainer)
+        if stage is not None:
+            refuse_misfit(trainer, type(self).__name__, self.start, self.epochs, stage.length)
         if self.epochs is not None and trainer.current_epoch >= self.start + self.epochs and self._picked:
             self._phase = "ready"
 
@@ -249,7 +290,8 @@ class Regulariser(Method):
         self._groups = taking_part(self, graph, self._label)
         others = [other for other in trainer.callbacks if isinstance(other, Regulariser) and other is not self]  # type: ignore[attr-defined]
         refuse_shared_groups(self._groups, [other._groups for other in others])
-        self._parameters = dict(graph.model.named_parameters(remove_duplicate=False))
+        named = graph.model.named_parameters(remove_duplicate=False)
+        self._parameters = {plain_name(name): parameter for name, parameter in named}
         self._aim(self._picked or {name: range(group.size) for name, group in self._groups.items()})
         if not self._targets:
             raise ConfigurationError(f"{self._label} finds no parameter to work on in {', '.join(self._groups)}.")

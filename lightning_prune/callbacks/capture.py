@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import structure
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.errors import ConfigurationError, TraceError
+from lightning_prune.structure.plan import plain_name, submodule
 
 
 class Capture:
@@ -51,14 +54,19 @@ class Capture:
     @property
     def name(self) -> str | None:
         """The pruned module's name inside the LightningModule; ``None`` until it is known."""
-        return self._name
+        return None if self._name is None else plain_name(self._name)
 
     @property
     def module(self) -> nn.Module:
-        """The pruned module; known at the latest when :attr:`graph` is."""
+        """The pruned module, without what ``torch.compile`` wraps; known at the latest when :attr:`graph` is."""
         if self._name is None:
             raise ConfigurationError("The pruned module is known only after the first training batch's forward pass.")
-        return self._pl_module.get_submodule(self._name)
+        return submodule(self._pl_module, plain_name(self._name))
+
+    @property
+    def _called(self) -> nn.Module:
+        """The pruned module as it is called, compiled or not."""
+        return self._pl_module.get_submodule(self._name or "")
 
     @property
     def graph(self) -> structure.ChannelGraph | None:
@@ -80,9 +88,9 @@ class Capture:
             # a compiled module would run past the hooks: the first batch runs without its compiler
             self._stance = torch.compiler.set_stance("force_eager")
         if not self._handles:
-            names = dict(self._pl_module.named_modules()) if self._graph is None else {self._name or "": self.module}
+            names = dict(self._pl_module.named_modules()) if self._graph is None else {self._name or "": self._called}
             for name, module in names.items():
-                if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                if not isinstance(module, ScriptModule):  # takes no hooks
                     self._watch(name, module)
         self._calls.clear()
 
@@ -106,9 +114,10 @@ class Capture:
         args, kwargs = self._inputs
         device = next((p.device.type for p in self.module.parameters()), "cpu")
         with torch.autocast(device, enabled=False):
-            self._graph = structure.trace(self.module, args, kwargs or None)
+            graph = structure.trace(self.module, args, kwargs or None)
+        self._graph = replace(graph, root=plain_name(self._name))
         self._compile_again()
-        self._watch(self._name, self.module)
+        self._watch(self._name, self._called)
 
     def close(self) -> None:
         """Remove every hook and let go of the batch."""
@@ -130,6 +139,9 @@ class Capture:
         outermost = list(self._calls)
         if "" in outermost:
             return ""
+        scripted = [name for name, module in self._pl_module.named_modules() if isinstance(module, ScriptModule)]
+        if not outermost and scripted:
+            raise TraceError(f"{scripted[0]!r} is scripted and can't be watched; prune the Python module instead.")
         if not outermost:
             raise ConfigurationError(
                 "training_step calls no module that has parameters; call the network as a module, not its forward."

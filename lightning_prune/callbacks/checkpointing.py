@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.errors import PlanError
 from lightning_prune.structure import PruningPlan, prune_
+from lightning_prune.structure.plan import plain_name, submodule
 
 KEY = "lightning_prune"
 VERSION = 1
@@ -176,7 +177,7 @@ def _apply_(pl_module: LightningModule, entry: AppliedPlan) -> None:
     trainer = pl_module._trainer
     averages = () if trainer is None else tuple(average_models(trainer))
     for module in (pl_module, *averages):
-        prune_(module.get_submodule(entry.module), entry.plan)
+        prune_(submodule(module, entry.module), entry.plan)
 
 
 class _Misfit(NamedTuple):
@@ -193,9 +194,10 @@ def _first_misfit(
     tensors = {name: value for name, value in pl_module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     # By identity, for a tied weight has several names and the plan uses one of them.
     shapes = {id(tensor): list(tensor.shape) for tensor in tensors.values()}
+    plain = {plain_name(name): tensor for name, tensor in tensors.items()}
     for entry in plans:
         for (name, dim), kept in entry.plan.kept.items():
-            tensor = tensors.get(f"{entry.module}.{name}" if entry.module else name)
+            tensor = plain.get(f"{entry.module}.{name}" if entry.module else name)
             if tensor is not None and dim < tensor.dim():
                 shapes[id(tensor)][dim] = len(kept)
     for name, tensor in tensors.items():

@@ -13,7 +13,7 @@ from lightning_prune.callbacks.capture import Capture
 from lightning_prune.callbacks.neighbours import callbacks_of
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure import PruningPlan, signature
-from lightning_prune.structure.plan import Member, named_tensors
+from lightning_prune.structure.plan import Member, named_tensors, submodule
 
 
 class Decision(NamedTuple):
@@ -105,7 +105,7 @@ def rooted(plan: PruningPlan, pl_module: LightningModule, module: str) -> Prunin
         return plan
     # By identity: a tensor that hangs in several places goes by the first of its names.
     names = {id(tensor): name for name, tensor in named_tensors(pl_module).items()}
-    own = {name: names[id(tensor)] for name, tensor in named_tensors(pl_module.get_submodule(module)).items()}
+    own = {name: names[id(tensor)] for name, tensor in named_tensors(submodule(pl_module, module)).items()}
 
     def member(key: Member) -> Member:
         return own[key[0]], key[1]

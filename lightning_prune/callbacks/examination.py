@@ -78,7 +78,13 @@ def _few(inputs: Inputs) -> Inputs:
 
 
 def conclude(
-    trainer: Trainer, network: nn.Module, plan: PruningPlan, inputs: Inputs, seen: Examination, monitor: str | None
+    trainer: Trainer,
+    network: nn.Module,
+    plan: PruningPlan,
+    inputs: Inputs,
+    seen: Examination,
+    monitor: str | None,
+    remarks: Sequence[str] = (),
 ) -> PruningReport | None:
     """Look at the slim network and write everything down, on rank 0. Every rank has to call it."""
 
@@ -97,7 +103,7 @@ def conclude(
             error=seen.proof.error,
             tolerance=seen.proof.tolerance,
             renormalised=plan.renormalised,
-            warnings=tuple(dict.fromkeys((*dense.warnings, *slim.warnings))),
+            warnings=tuple(dict.fromkeys((*remarks, *dense.warnings, *slim.warnings))),
         )
 
     return on_first_rank(trainer, write_down)
@@ -106,9 +112,8 @@ def conclude(
 def look(network: nn.Module, inputs: Inputs, batches: Sequence[int]) -> Look:
     """Count and measure a network as it is. What can't be done is said: a report must not stop a training run."""
     args, kwargs = inputs
-    network = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped; fvcore can't look through
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    cost, latency, warnings = Cost(0, parameters, ("everything",)), list[Latency](), []
+    cost, latency, warnings = Cost(None, parameters), list[Latency](), []
     try:
         cost = count_cost(network, args, kwargs or None)
     except Exception as error:

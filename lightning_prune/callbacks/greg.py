@@ -63,6 +63,10 @@ class _GReg(Growing):
         """Once, at the schedule's step."""
         return not self._picked and step >= self._schedule.pick_step
 
+    def known_after(self, schedule: Any, steps: int | None) -> int:
+        """After the step of the pick."""
+        return int(schedule.pick_step) + 1
+
     def update(self, step: int) -> None:
         """Set every group's strength, and the coefficients where any has changed."""
         schedule = self._schedule

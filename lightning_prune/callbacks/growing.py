@@ -48,20 +48,21 @@ class Growing(Regulariser):
         """The schedule for so many optimiser steps."""
 
     def begin(self, steps: int | None, dynamics: Dynamics) -> Schedule:
-        """The given constants, or those derived for so many steps of this optimiser."""
-        return self._constants if steps is None else self.derive(steps, dynamics)
-
-    def entered(self, trainer: Trainer, dynamics: Dynamics) -> None:
-        """Refuse a strength that overshoots; warn of one that can't do its work."""
-        schedule: Schedule = self._schedule
-        if dynamics.decoupled:
-            name = type(self._keeper).__name__
-            rank_zero_info(f"{self._label}: {name} rescales gradients, so weights decay by it after each step instead.")
+        """The given constants, or those derived for so many steps of this optimiser; refuses those that overshoot."""
+        schedule: Schedule = self._constants if steps is None else self.derive(steps, dynamics)
         if dynamics.learning_rate * schedule.ceiling >= 1:
             raise ConfigurationError(
                 f"{self._label}: learning rate {dynamics.learning_rate:g} times ceiling {schedule.ceiling:g} "
                 "must stay below 1; lower one of them."
             )
+        return schedule
+
+    def entered(self, trainer: Trainer, dynamics: Dynamics) -> None:
+        """Say how the penalty acts; warn of one that can't do its work."""
+        schedule: Schedule = self._schedule
+        if dynamics.decoupled:
+            name = type(self._keeper).__name__
+            rank_zero_info(f"{self._label}: {name} rescales gradients, so weights decay by it after each step instead.")
         exponent = schedule.exponent(dynamics)
         if self.epochs is not None and exponent < ENOUGH and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lightning.pytorch import Trainer
 
 from lightning_prune.callbacks.base import Regulariser
+from lightning_prune.callbacks.dynamics import steps_per_epoch
 from lightning_prune.errors import ConfigurationError
 
 
@@ -37,6 +38,38 @@ def another_epoch_starts(trainer: Trainer, batches_done: int) -> bool:
         return False
     steps = math.ceil((batches - batches_done) / trainer.accumulate_grad_batches)
     return trainer.max_steps == -1 or trainer.global_step + steps < trainer.max_steps
+
+
+def refuse_late_surgery(trainer: Trainer, partners: Sequence[Regulariser], at_epoch: int | None) -> None:
+    """Refuse a surgery before which nobody knows what goes, or after which no step is left.
+
+    Args:
+        trainer: before its first step, when it knows its batches.
+        partners: the regularisers.
+        at_epoch: epoch of surgery where the user says so.
+
+    Raises:
+        ConfigurationError: in that case.
+    """
+    per_epoch, total = steps_per_epoch(trainer), remaining_steps(trainer, 0)
+    if trainer.fast_dev_run or trainer.global_step:  # type: ignore[attr-defined]  # Lightning sets it from afar
+        return
+    for partner in partners:
+        stage = partner.timetable(trainer)
+        if stage is None or (per_epoch is None and (partner.start or at_epoch)):
+            continue
+        who, start = type(partner).__name__, (per_epoch or 0) * partner.start
+        end = (per_epoch or 0) * at_epoch if at_epoch is not None else start + (stage.length or 0)
+        if at_epoch is not None and end < start + stage.known:
+            raise ConfigurationError(
+                f"at_epoch={at_epoch} comes after {end} optimiser steps, but {who} knows only after"
+                f" {start + stage.known} which channels go; choose a later epoch."
+            )
+        if 0 <= total <= end:
+            raise ConfigurationError(
+                f"Surgery comes after {end} optimiser steps ({who}), and this run ends after {total}; raise max_epochs"
+                " or max_steps, or shorten the sparse stage."
+            )
 
 
 def refuse_bad_times(trainer: Trainer, partners: Sequence[Regulariser], at_epoch: int | None) -> None:

@@ -34,7 +34,7 @@ def taking_part(method: Method, graph: structure.ChannelGraph, label: str) -> di
             f"{label}: none of the {len(meant)} layers it is to prune ({names}) has {method.needs}."
         )
     for pattern, ratio in (method.ratios or {}).items():
-        named = next((group.name for group in unfit if ratio > 0 and matches(group, pattern)), None)
+        named = next((group.name for group in unfit if ratio > 0 and matches(graph, group, pattern)), None)
         if named is not None:
             raise ConfigurationError(f"{label}: ratios[{pattern!r}] asks for {named}, which lacks {method.needs}.")
     if unfit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from torch.optim import Optimizer
 
@@ -51,6 +51,8 @@ class Magnitude(Regulariser):
     >>> Magnitude(0.5, start=10).epochs, Magnitude(0.5, steps=3, epochs=6).cuts
     (1, (2, 4, 6))
     """
+
+    collapses = False
 
     def __init__(
         self,
@@ -99,6 +101,10 @@ class Magnitude(Regulariser):
     def reach(self, group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
         """Everything that leaves with a channel."""
         return group.members
+
+    def known_after(self, schedule: Any, steps: int | None) -> int:
+        """After the epoch that has the first cut."""
+        return (steps or 0) * self.cuts[0] // (self.epochs or 1)
 
     def picks(self, step: int) -> bool:
         """Never before a step: channels go at the end of epochs."""

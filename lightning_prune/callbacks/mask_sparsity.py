@@ -196,6 +196,10 @@ class MaskSparsity(Regulariser):
         made = -1 if self._masked_at is None else self._masked_at
         return any(made < pick <= step for pick in self._schedule.picks)
 
+    def known_after(self, schedule: Any, steps: int | None) -> int:
+        """After the first step with a mask."""
+        return int(schedule.pick_step) + 1
+
     def choose(self, graph: structure.ChannelGraph) -> dict[str, list[int]]:
         """The channels of smallest scale: as many as the ratios say, or all up to the threshold."""
         shares = structure.select(graph, self.ratio or 0.5, ratios=self.ratios, ignore=self.ignore, scope=self.scope)

@@ -15,6 +15,7 @@ from lightning_prune.callbacks.checkpointing import remember_
 from lightning_prune.callbacks.neighbours import average_models, forget_dense_scores_
 from lightning_prune.errors import PruningError
 from lightning_prune.structure import PruningPlan, prune_
+from lightning_prune.structure.plan import submodule
 
 Result = TypeVar("Result")
 
@@ -75,9 +76,9 @@ def _gather(trainer: Trainer, message: str | None) -> list[str | None]:
 
 
 def _cut_(trainer: Trainer, pl_module: LightningModule, module: str, plan: PruningPlan) -> None:
-    prune_(pl_module.get_submodule(module), plan, trainer.optimizers)
+    prune_(submodule(pl_module, module), plan, trainer.optimizers)
     for average in average_models(trainer):
-        prune_(average.get_submodule(module), plan)
+        prune_(submodule(average, module), plan)
 
 
 def _unwrap_(trainer: Trainer, pl_module: LightningModule) -> bool:

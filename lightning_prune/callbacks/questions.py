@@ -52,6 +52,9 @@ class Method(PruningCallback):
     needs: str = "channels"
     """What a group must have to suit the method, in the words of its errors."""
 
+    collapses: bool = True
+    """Whether the channels that go are meant to be next to nothing before surgery; where not, nobody is warned."""
+
     _groups: dict[str, structure.ChannelGroup]  # by name, those that take part
     _parameters: dict[str, nn.Parameter]  # of the pruned module, by every name
     _targets: list[Target]  # what `reach` covers of the picked channels; of all while none is picked
@@ -129,6 +132,15 @@ class Method(PruningCallback):
     def steps_needed(self) -> int | None:
         """Optimiser steps of the sparse stage, where constants say so and not ``epochs``."""
         return None
+
+    def known_after(self, schedule: Any, steps: int | None) -> int:
+        """After how many optimiser steps of the stage it is known which channels go; after the first by default.
+
+        Args:
+            schedule: what :meth:`begin` returned.
+            steps: optimiser steps of the stage where ``epochs`` is given, else ``None``.
+        """
+        return 1
 
     def growing(self, step: int) -> bool:
         """Whether the strength still grows at this step of the sparse stage; afterwards it holds."""

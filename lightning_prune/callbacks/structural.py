@@ -19,7 +19,12 @@ from lightning_prune.callbacks.checkpointing import attach_, detach_
 from lightning_prune.callbacks.decision import Decision, decide, find_partners
 from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
 from lightning_prune.callbacks.finetune import FinetuneStage
-from lightning_prune.callbacks.horizon import another_epoch_starts, refuse_bad_times, remaining_steps
+from lightning_prune.callbacks.horizon import (
+    another_epoch_starts,
+    refuse_bad_times,
+    refuse_late_surgery,
+    remaining_steps,
+)
 from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of
 from lightning_prune.callbacks.operation import held_parameters, on_first_rank, operate_, refuse_orphans
 from lightning_prune.callbacks.publishing import Publisher
@@ -27,6 +32,7 @@ from lightning_prune.callbacks.watching import PruningCallback
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.structure import PruningPlan
+from lightning_prune.structure.plan import submodule
 from lightning_prune.structure.replica import replica
 
 
@@ -101,6 +107,7 @@ class StructuralPruning(PruningCallback):
         self._decision: Decision | None = None
         self._remaining = -1
         self._is_late = False
+        self._remainders: list[str] = []
         self._dense: nn.Module | None = None
         self._columns = AccuracyColumns(self.monitor)
         self._report: PruningReport | None = None
@@ -149,6 +156,8 @@ class StructuralPruning(PruningCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out the dense accuracy, where no validation will come before the sparse stage."""
         super().on_train_start(trainer, pl_module)
+        if not self._done:
+            refuse_late_surgery(trainer, self._partners, self.at_epoch)
         begins_now = min(partner.start for partner in self._partners) <= trainer.current_epoch
         if begins_now and self._is_dense() and not self._columns.values:
             self._columns.look(trainer, "dense")
@@ -185,13 +194,16 @@ class StructuralPruning(PruningCallback):
         if decision is None:
             self._is_late = True
             return
-        network = pl_module.get_submodule(decision.module)
+        network = submodule(pl_module, decision.module)
         inputs, seen = self.capture.inputs, None
         if inputs is None:
             # Resumed between the last batch and surgery: the proof waits for the first batch of this process.
             self._dense = replica(network)
         else:
             seen = self._examine(trainer, network, decision.plan, inputs)
+        self._remainders = [sentence for partner in self._partners if (sentence := partner.remainder()) is not None]
+        for sentence in self._remainders:
+            rank_zero_warn(sentence)
         held = held_parameters(trainer, pl_module)
         operate_(trainer, pl_module, decision.module, decision.plan)
         self._decision, self._done = decision, True
@@ -227,8 +239,10 @@ class StructuralPruning(PruningCallback):
         """Report, now that the network is slim."""
         if self._decision is None:
             return
-        network = pl_module.get_submodule(self._decision.module)
-        self._report = conclude(trainer, network, self._decision.whole, inputs, seen, self.monitor)
+        network = submodule(pl_module, self._decision.module)
+        self._report = conclude(
+            trainer, network, self._decision.whole, inputs, seen, self.monitor, tuple(self._remainders)
+        )
         self._publish(trainer)
         if self._report is not None and trainer.is_global_zero:
             self._publisher.show(self._report)

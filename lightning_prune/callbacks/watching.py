@@ -71,7 +71,8 @@ class PruningCallback(Callback, ABC):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Trace the pruned module, if manual optimisation has bypassed ``on_before_backward``."""
-        if not self.finished:
+        # under automatic optimisation a step without it is one without a loss, and perhaps without any call
+        if not self.finished and not pl_module.automatic_optimization:
             self.capture.build()
 
     def on_train_batch_end(

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_prune.reports.batches import resized
 from lightning_prune.reports.silence import silence
-from lightning_prune.structure.replica import arguments, quiet_room, replica
+from lightning_prune.structure.replica import arguments, quiet_room, replica, uncompiled
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,13 @@ class Cost:
 
     Args:
         macs: multiply-adds (MACs) of one sample in evaluation mode, as fvcore counts them: convolutions, matrix
-            products and attention, and a few per element for norms and adaptive pooling.
+            products and attention, and a few per element for norms and adaptive pooling; ``None`` where they could not
+            be counted.
         parameters: number of parameters, tied ones once.
         uncounted: operators that fvcore has no rule for, sorted; most of them are elementwise.
     """
 
-    macs: int
+    macs: int | None
     parameters: int
     uncounted: tuple[str, ...] = ()
 
@@ -50,7 +51,7 @@ def count_cost(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] 
     with quiet_room(), silence("fvcore.nn.jit_analysis"):
         from fvcore.nn import FlopCountAnalysis
 
-        analysis = FlopCountAnalysis(_Flat(replica(model).eval(), leaves, spec), tensors)
+        analysis = FlopCountAnalysis(_Flat(uncompiled(replica(model)).eval(), leaves, spec), tensors)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         macs = round(analysis.total())
         uncounted = tuple(sorted(analysis.unsupported_ops()))

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_prune.reports.batches import resized
 from lightning_prune.reports.silence import silence
-from lightning_prune.structure.replica import arguments, quiet_room, replica
+from lightning_prune.structure.replica import arguments, quiet_room, replica, uncompiled
 
 _LEAST_SAMPLES, _SAMPLES = 5, 25
 
@@ -51,6 +51,8 @@ def measure_latency(
 ) -> Latency:
     """Time forward passes of a model in evaluation mode, without gradients; works on a copy, on the model's device.
 
+    What ``torch.compile`` has wrapped is timed without it, so that no compilation is counted.
+
     Args:
         model: any module.
         example_inputs: a tuple is the forward's positional arguments; anything else is its only one. Samples are
@@ -66,7 +68,7 @@ def measure_latency(
     with silence("torch.utils.cpp_extension"):  # its import may complain about a missing CUDA device
         from torch.utils.benchmark import Timer
     args, named = resized(arguments(example_inputs, kwargs), batch)
-    network = replica(model).eval()
+    network = uncompiled(replica(model)).eval()
     threads = torch.get_num_threads()
     timer = Timer(
         "network(*args, **named)", globals={"network": network, "args": args, "named": named}, num_threads=threads

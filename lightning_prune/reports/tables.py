@@ -64,15 +64,17 @@ def _uncounted(operators: tuple[str, ...]) -> str:
     return f" without {', '.join(names[:_NAMED_OPERATORS])}{more}"
 
 
-def _count(number: float) -> str:
+def _count(number: float | None) -> str:
+    if number is None:
+        return "?"
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.4g} {unit}"
     return f"{number:.0f}"
 
 
-def _percent(old: float, new: float) -> str:
-    return f"{100 * (new - old) / old:+.1f} %" if old else ""
+def _percent(old: float | None, new: float | None) -> str:
+    return f"{100 * (new - old) / old:+.1f} %" if old and new is not None else ""
 
 
 def _milliseconds(latency: Latency) -> str:

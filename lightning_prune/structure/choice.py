@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_prune import scores
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
-from lightning_prune.structure.plan import Member, PruningPlan, kept_channels, named_tensors
+from lightning_prune.structure.plan import Member, PruningPlan, kept_channels, named_tensors, plain_name
 
 Score: TypeAlias = "str | Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]"
 
@@ -127,7 +127,8 @@ def select(
     """The groups that take part, each with the share that goes (0 for one that is named, but left as it is).
 
     A pattern is matched against the names of a group and of its producers; it may be a name, a shell pattern
-    (``layer1.*``) or the name of a module that contains the layer.
+    (``layer1.*``) or the name of a module that contains the layer. Where the traced model is part of a larger module,
+    names count from either.
     """
     if not 0 < ratio < 1:
         raise ConfigurationError(f"ratio must lie in (0, 1), not {ratio!r}; use `ignore` to leave layers as they are.")
@@ -144,26 +145,33 @@ def select(
     for group in graph.groups:
         if (scope == "inner" and len(group.producers) != 1) or (group.renormalised and not allowed):
             continue
-        own = next((value for pattern, value in ratios.items() if matches(group, pattern)), ratio)
-        share[group.name] = 0.0 if any(matches(group, pattern) for pattern in ignore) else own
+        own = next((value for pattern, value in ratios.items() if matches(graph, group, pattern)), ratio)
+        share[group.name] = 0.0 if any(matches(graph, group, pattern) for pattern in ignore) else own
     return share
 
 
-def matches(group: ChannelGroup, pattern: str) -> bool:
+def matches(graph: ChannelGraph, group: ChannelGroup, pattern: str) -> bool:
     """Whether a pattern names the group, one of its producers, or a module around one."""
-    names = (group.name, *group.producers)
+    names = [known for name in (group.name, *group.producers) for known in _names(graph, name)]
     return any(fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names)
+
+
+def _names(graph: ChannelGraph, name: str) -> tuple[str, ...]:
+    """By which a layer is known: inside the traced model, and inside the larger module where there is one."""
+    return (name, f"{graph.root}.{name}") if graph.root else (name,)
 
 
 def _all_match(graph: ChannelGraph, patterns: Iterable[str], ignored: bool) -> None:
     """Every pattern names something: a layer that can shrink or, where it is to stay as it is, any module."""
-    modules = [name for name, _ in graph.model.named_modules()] if ignored else []
+    named = graph.model.named_modules() if ignored else ()
+    modules = [known for name, _ in named for known in _names(graph, plain_name(name))]
     for pattern in patterns:
-        if any(matches(group, pattern) for group in graph.groups):
+        if any(matches(graph, group, pattern) for group in graph.groups):
             continue
         if any(fnmatchcase(name, pattern) for name in modules):
             continue
-        held = next((why for layer, why in graph.pinned.items() if fnmatchcase(layer, pattern)), "")
+        pinned = ((name, why) for layer, why in graph.pinned.items() for name in _names(graph, layer))
+        held = next((why for name, why in pinned if fnmatchcase(name, pattern)), "")
         known = ", ".join(group.name for group in graph.groups[:8])
         why = f"a layer that can shrink ({held.rstrip('.')})" if held else "a layer"
         raise ConfigurationError(f"The pattern {pattern!r} does not match {why}; these can: {known or 'none'}.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError
-from lightning_prune.structure.plan import NOWHERE, Member, PruningPlan, named_tensors, signature
+from lightning_prune.structure.plan import NOWHERE, Member, PruningPlan, named_tensors, signature, submodule
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +75,14 @@ class ChannelGraph:
         groups: what can go.
         pinned: layer -> why some or all of its output channels can't go.
         numbers: module attributes that only count channels -> the group and how many positions a channel takes.
+        root: name of the model inside a larger module, where it is part of one: patterns may begin with it.
     """
 
     model: nn.Module
     groups: tuple[ChannelGroup, ...]
     pinned: Mapping[str, str]
     numbers: Mapping[str, tuple[tuple[str, int], ...]]
+    root: str = ""
 
     def __getitem__(self, name: str) -> ChannelGroup:
         for group in self.groups:
@@ -139,7 +141,7 @@ class ChannelGraph:
     def dense_numbers(self) -> dict[str, int]:
         """The numbers that modules of the dense model keep of their channels."""
         return {
-            name: getattr(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            name: getattr(submodule(self.model, name.rpartition(".")[0]), name.rpartition(".")[2])
             for name in self.numbers
         }
 

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
 from lightning_prune.structure.knowledge import Knowledge
 from lightning_prune.structure.labels import Ints, Solution
-from lightning_prune.structure.plan import Member, layer_of, named_tensors
+from lightning_prune.structure.plan import Member, layer_of, named_tensors, plain_name
 
 
 def graph_of(model: nn.Module, known: Knowledge, solution: Solution) -> ChannelGraph:
@@ -117,11 +117,11 @@ def _pinned(known: Knowledge, solution: Solution) -> dict[str, str]:
 
 def _under_all_names(model: nn.Module, pinned: dict[str, str]) -> dict[str, str]:
     """Layers that share a parameter share its reason."""
-    first = {id(parameter): layer_of(name) for name, parameter in model.named_parameters()}
+    first = {id(parameter): layer_of(plain_name(name)) for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         layer = first[id(parameter)]
         if layer in pinned and name.endswith("weight"):
-            pinned.setdefault(layer_of(name), pinned[layer])
+            pinned.setdefault(layer_of(plain_name(name)), pinned[layer])
     return pinned
 
 

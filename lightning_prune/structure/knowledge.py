@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.structure.labels import Axes, Axis, Ints, Labels
+from lightning_prune.structure.plan import submodule
 
 
 class Record(NamedTuple):
@@ -117,6 +118,6 @@ class Knowledge:
 
     def note_size(self, attribute: str, axis: Axis | None) -> None:
         """Note that the module at work keeps the length of this dim as a number that no tensor of its own tells."""
-        module = self.model.get_submodule(self.module)
+        module = submodule(self.model, self.module)
         if axis is not None and getattr(module, attribute, None) == axis.labels.size:
             self.sizes[f"{self.module}.{attribute}" if self.module else attribute] = axis.labels

@@ -21,10 +21,39 @@ NOWHERE = -1
 
 Member = tuple[str, int]
 
+_COMPILED = "_orig_mod"
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without the wrappers that ``torch.compile`` puts around modules.
+
+    >>> plain_name("net._orig_mod.conv.weight")
+    'net.conv.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module itself where ``torch.compile`` has wrapped it."""
+    inner = module._modules.get(_COMPILED)
+    return module if inner is None else inner
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of that :func:`plain_name`, wrapped or not.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = original(model)
+    for part in name.split(".") if name else ():
+        module = original(module.get_submodule(part))
+    return module
+
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each once; of tied ones the first name counts."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters and buffers by :func:`plain_name`, each once; of tied ones the first name counts."""
+    return {plain_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def signature(model: nn.Module) -> str:

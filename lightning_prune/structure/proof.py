@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import ProofError
-from lightning_prune.structure.plan import NOWHERE, PruningPlan, layer_of, named_tensors
+from lightning_prune.structure.plan import NOWHERE, PruningPlan, layer_of, named_tensors, plain_name
 from lightning_prune.structure.replica import arguments, quiet_room, replica
 from lightning_prune.structure.surgery import check_fits, prune_
 from lightning_prune.structure.watch import operator_name
@@ -70,7 +70,7 @@ def _directions(model: nn.Module) -> dict[str, int]:
     """Weight-normalised directions -> the dim along which each has a length of its own."""
     found = {}
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
+        prefix = f"{plain_name(path)}." if plain_name(path) else ""
         for name, steps in getattr(module, "parametrizations", {}).items():
             if isinstance(steps, nn.ModuleList) and isinstance(steps[0], _WeightNorm):
                 found[f"{prefix}parametrizations.{name}.original1"] = steps[0].dim
@@ -257,7 +257,7 @@ def _first_departure(masked: _Run, slim: _Run, plan: PruningPlan, args: Any, dty
     for run, log in zip((masked, slim), seen, strict=True):
         for name, module in run.network.named_modules():
             if name:
-                module.register_forward_hook(_recorder(name, log))
+                module.register_forward_hook(_recorder(plain_name(name), log))
         _run(run, args, dtype)
     kept: dict[str, list[tuple[int, ...]]] = {}
     for (name, _), positions in plan.kept.items():

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_prune.structure.plan import original
+
 
 def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
     if device is not None and device.type == "meta":
@@ -50,8 +52,8 @@ def replica(model: nn.Module, device: torch.device | str | None = None) -> nn.Mo
             copied = copy.deepcopy(model, dict(memo))
         except TypeError:
             copied = copy.deepcopy(model, {**memo, **_uncopyable(model)})
-    for original, twin in zip(model.modules(), copied.modules(), strict=True):
-        _complete(original, twin)
+    for module, twin in zip(model.modules(), copied.modules(), strict=True):
+        _complete(module, twin)
     return copied
 
 
@@ -68,15 +70,24 @@ def _uncopyable(model: nn.Module) -> dict[int, Any]:
     return shared
 
 
-def _complete(original: nn.Module, twin: nn.Module) -> None:
+def _complete(module: nn.Module, twin: nn.Module) -> None:
     """Share what a module leaves out of its copies (a trainer, say), but nothing that runs the original."""
-    for name, value in vars(original).items():
+    for name, value in vars(module).items():
         if value is not None and vars(twin).get(name) is None and not callable(value):
             vars(twin)[name] = value
     forward = vars(twin).get("forward")
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # compiled: what it was made from
-    if getattr(forward, "__self__", None) is original:
+    if getattr(forward, "__self__", None) is module:
         del vars(twin)["forward"]
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, with every module that ``torch.compile`` has wrapped put back in its wrapper's place."""
+    model = original(model)
+    for name, child in model._modules.items():
+        if child is not None:
+            model._modules[name] = uncompiled(child)
+    return model
 
 
 def arguments(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError, SlimFileError
-from lightning_prune.structure.plan import PruningPlan, named_tensors, signature
+from lightning_prune.structure.plan import PruningPlan, named_tensors, plain_name, signature
 from lightning_prune.structure.surgery import check_fits, prune_
 
 KEY = "lightning_prune"
@@ -142,7 +142,7 @@ def _check_tensors(path: Any, dense: dict[str, Tensor], found: dict[str, Tensor]
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, each once."""
-    names = model.state_dict(keep_vars=True).keys()
+    names = set(map(plain_name, model.state_dict(keep_vars=True)))
     return {name: tensor for name, tensor in named_tensors(model).items() if name in names}
 
 

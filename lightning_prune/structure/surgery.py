@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PlanError
-from lightning_prune.structure.plan import NOWHERE, PruningPlan, named_tensors, signature
+from lightning_prune.structure.plan import NOWHERE, PruningPlan, named_tensors, signature, submodule
 
 
 class Cut(NamedTuple):
@@ -29,9 +30,9 @@ def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable
     """Remove what the plan does not keep, in place.
 
     Parameter objects keep their identity, ``requires_grad`` and ties, so optimisers go on training them; their state
-    (momenta and averages of the parameter's shape) is cut along; gradients of what is cut are dropped. Modules' own
-    numbers (``out_channels``, ``num_features``, ``normalized_shape``, ...) follow. All or nothing: after a failure
-    everything is as it was.
+    (momenta and averages of the parameter's shape) is cut along; gradients of what is cut are dropped. LBFGS begins
+    anew, with a warning. Modules' own numbers (``out_channels``, ``num_features``, ``normalized_shape``, ...) follow.
+    All or nothing: after a failure everything is as it was.
 
     Args:
         model: the dense model that the plan fits.
@@ -62,7 +63,7 @@ def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable
 
 
 def resize_(
-    model: nn.Module, cuts: Mapping[str, Cuts], numbers: Mapping[str, int], optimizers: Iterable[Optimizer] = ()
+    model: nn.Module, cuts: Mapping[str, Cuts], numbers: Mapping[str, int], optimizers: Sequence[Optimizer] = ()
 ) -> None:
     """Take, along some dims of some tensors, just the positions named (a trial may name some of them repeatedly)."""
     tensors = named_tensors(model)
@@ -70,16 +71,20 @@ def resize_(
     with torch.no_grad(), _all_or_nothing() as undo:
         slim = {name: _cut(tensors[name], cut, merging=True) for name, cut in cuts.items()}
         homes = _homes_of_buffers(model)
-        states = [_slim_state(optimizer, tensors[name], cut) for name, cut in cuts.items() for optimizer in optimizers]
+        flat = [each for each in optimizers if isinstance(each, LBFGS) and _holds(each, slim, tensors)]
+        others = [each for each in optimizers if each not in flat]
+        states = [_slim_state(optimizer, tensors[name], cut) for name, cut in cuts.items() for optimizer in others]
         for name, tensor in slim.items():
             _replace(tensors[name], tensor, homes, undo)
         for state, new in (pair for pairs in states for pair in pairs):
             _update(state, new, undo)
+        for optimizer in flat:
+            _restart(optimizer, undo)
         for name, module in model.named_modules():
             _renumber(module, name in depthwise, undo)
         for name, number in numbers.items():
             path, _, attribute = name.rpartition(".")
-            _set(model.get_submodule(path), attribute, number, undo)
+            _set(submodule(model, path), attribute, number, undo)
 
 
 def check_fits(model: nn.Module, plan: PruningPlan) -> None:
@@ -194,6 +199,26 @@ def _update(state: dict[str, Any], new: dict[str, Any], undo: list[Callable[[], 
     undo.append(back)
     state.clear()
     state.update(new)
+
+
+def _holds(optimizer: Optimizer, names: Iterable[str], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an optimiser moves any of the named tensors."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return any(id(tensors[name]) in held for name in names)
+
+
+def _restart(optimizer: LBFGS, undo: list[Callable[[], None]]) -> None:
+    """Drop a history of flat vectors over all parameters, in which nobody can tell the channels apart."""
+    state, count = dict(optimizer.state), optimizer._numel_cache
+
+    def back() -> None:
+        optimizer.state.update(state)
+        optimizer._numel_cache = count
+
+    undo.append(back)
+    optimizer.state.clear()
+    optimizer._numel_cache = None
+    warnings.warn("LBFGS begins anew after surgery: its history can't be cut along.", stacklevel=4)
 
 
 def _is_depthwise(module: nn.Module) -> bool:

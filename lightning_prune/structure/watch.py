@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.structure.call import Call, Rule, tensors_in
 from lightning_prune.structure.knowledge import Knowledge, Record
 from lightning_prune.structure.labels import Axes
-from lightning_prune.structure.plan import named_tensors
+from lightning_prune.structure.plan import named_tensors, plain_name
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.rules import RULES, pointwise
 
@@ -38,7 +38,7 @@ class Watcher(TorchDispatchMode):
         """Run the forward pass; afterwards notebook and records are complete."""
         for name, module in self.model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
-                module.register_forward_pre_hook(self._entering(name), prepend=True)
+                module.register_forward_pre_hook(self._entering(plain_name(name)), prepend=True)
                 module.register_forward_hook(self._leaving, always_call=True)
         for tensor in tensors_in(pytree.tree_leaves((args, kwargs))):
             self.known.remember(tensor, (None,) * tensor.dim(), from_data=True)
@@ -82,7 +82,7 @@ class Watcher(TorchDispatchMode):
             self.known.labels.pin(axis.labels, f"Its channels {why}.")
 
     def _has_unused_layers(self) -> bool:
-        return any(name not in self.known.used for name, _ in self.model.named_parameters())
+        return any(plain_name(name) not in self.known.used for name, _ in self.model.named_parameters())
 
     def _entering(self, name: str) -> Callable[..., None]:
         return lambda module, inputs: self.known.stack.append(name)

@@ -108,6 +108,7 @@ class Picker(Regulariser):
     """Picks the smallest channels and leaves them alone; ready after ``steps`` optimiser steps or ``epochs`` epochs."""
 
     schedule_type = Still
+    collapses = False
 
     def __init__(self, ratio: float = 0.5, *, steps: int | None = None, **kwargs: Any) -> None:
         super().__init__(ratio, **kwargs)

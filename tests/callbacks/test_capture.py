@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.capture import Capture
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.errors import ConfigurationError, TraceError
 from tests.callbacks.nets import Classifier, feature_loader, linear_net, seeded, trainer
 
 
@@ -93,6 +93,22 @@ def test_the_pruned_module_is_found(module: Any, name: str) -> None:
     assert {group.producers for group in watcher.capture.graph.groups} == {
         (f"{'net.' if name == '' else ''}{layer}",) for layer in (0, 2)
     }
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_a_first_batch_without_a_loss_is_waited_out() -> None:
+    class Late(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    watcher = watched(Late(linear_net()))
+    assert watcher.capture.name == "net" and watcher.capture.graph is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_network_is_refused() -> None:
+    with pytest.raises(TraceError, match="'net' is scripted"):
+        watched(Classifier(torch.jit.script(linear_net())))
 
 
 def test_several_candidates_are_one_clear_error() -> None:

@@ -18,7 +18,7 @@ from lightning_prune.callbacks.base import PHASES, Regulariser
 from lightning_prune.callbacks.greg import GReg1, GReg2
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, PlanError
-from lightning_prune.schedules import GREG1_CIFAR, GREG2_IMAGENET, GReg1Schedule, GReg2Schedule
+from lightning_prune.schedules import GREG1_CIFAR, GREG2_IMAGENET, Dynamics, GReg1Schedule, GReg2Schedule
 from lightning_prune.structure import trace
 from lightning_prune.structure.proof import masked_state
 from tests.callbacks.nets import (
@@ -495,7 +495,7 @@ def test_everything_is_logged() -> None:
     assert energies[0] == pytest.approx(1, abs=0.1) and energies[-1] < energies[0]
 
 
-@pytest.mark.filterwarnings(SHORT)
+@pytest.mark.filterwarnings(SHORT, "ignore:.*energy was left")
 def test_the_phase_that_is_shown_is_the_present_one(tmp_path: Path) -> None:
     """With Lightning's default of a log line every 50 steps, and through surgery to the end."""
     shown: list[int] = []
@@ -601,8 +601,8 @@ def test_a_dry_run_needs_no_room_for_the_schedule(method: Any, length: dict[str,
 
 
 def test_presets_are_the_published_constants() -> None:
-    assert GReg1(0.5, schedule="cifar").begin(None, None) == GREG1_CIFAR  # type: ignore[arg-type]
-    assert GReg2(0.5, schedule="imagenet").begin(None, None) == GREG2_IMAGENET  # type: ignore[arg-type]
+    assert GReg1(0.5, schedule="cifar").begin(None, Dynamics(1e-3)) == GREG1_CIFAR
+    assert GReg2(0.5, schedule="imagenet").begin(None, Dynamics(1e-3)) == GREG2_IMAGENET
 
 
 def test_removal_before_the_pick_is_an_error() -> None:

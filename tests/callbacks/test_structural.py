@@ -27,10 +27,12 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_prune.callbacks import examination, operation
+from lightning_prune.callbacks.ascp import ASCP
 from lightning_prune.callbacks.greg import GReg1, GReg2
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, ProofError, PruningError
 from lightning_prune.reports.report import PruningReport
+from lightning_prune.schedules import GReg1Schedule, GReg2Schedule
 from lightning_prune.structure import choose, load_slim, masked_state, save_slim, trace
 from tests.callbacks.nets import image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
@@ -309,6 +311,52 @@ def test_a_compiled_network_is_looked_at_as_it_was_written() -> None:
     assert plain.cost.macs > 0
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_names_are_those_of_the_network_as_it_was_written(tmp_path: Path, inside: bool) -> None:
+    """A plan, a report and a slim file don't tell whether the network was compiled when it was pruned."""
+
+    class Whole(Task):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.net(images)
+
+        def logits(self, images: Tensor) -> Tensor:
+            return self(images)
+
+    kind = Whole if inside else Task
+    task, watch = seeded(kind), surgeon(latency_batches=(2,))
+    task.net = torch.compile(task.net, backend="eager")
+    loader, settings = image_loader(BATCHES), {"max_epochs": 3, "default_root_dir": tmp_path}
+    quiet_trainer(Picker(epochs=2, ignore=["net.conv2"]), watch, **settings).fit(task, loader, image_loader(2))
+    assert watch.plan is not None and watch.report is not None
+    assert watch.plan.widths() == {"net.conv1": (8, 4)}
+    assert watch.report.cost_after.macs < watch.report.cost_before.macs
+    assert not watch.report.warnings and watch.report.latency_after
+    save_slim(task, tmp_path / "slim.safetensors", watch.plan)
+    fresh = seeded(kind, seed=1)
+    assert load_slim(tmp_path / "slim.safetensors", fresh) == watch.plan
+    images = torch.randn(2, 3, 6, 6)
+    assert torch.equal(fresh.eval().net(images), task.eval().net(images))
+
+
+def test_what_was_left_of_the_channels_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"greg1: 0\.\d+ of the energy was left .* more than 0.01"):
+        result = run(
+            tmp_path, picker=GReg1(0.5, schedule=GReg1Schedule(0.1, 0.2, 1, 2)), surgery=surgeon(latency_batches=())
+        )
+    assert result.surgery.report is not None
+    assert any("of the energy was left" in sentence for sentence in result.surgery.report.warnings)
+
+
+def test_lbfgs_begins_anew(tmp_path: Path) -> None:
+    class Flat(Task):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=2, history_size=3)
+
+    with pytest.warns(UserWarning, match="LBFGS begins anew after surgery"):
+        result = run(tmp_path, task=seeded(Flat))
+    assert result.watch.widths[-1] == 4 and all(p.isfinite().all() for p in result.task.parameters())
+
+
 def test_the_slim_file_brings_it_back(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.surgery.plan is not None
@@ -449,6 +497,31 @@ def test_refuses_surgery_before_the_pick() -> None:
 def test_refuses_surgery_after_the_end() -> None:
     refused(r"start of epoch 4, but the run has epochs 0 to 3", surgeon(), Picker(epochs=4))
     refused(r"start of epoch 7, but the run has epochs 0 to 3", surgeon(at_epoch=7), Picker(epochs=1))
+
+
+def test_refuses_a_stage_after_which_no_step_is_left() -> None:
+    exactly = GReg1Schedule(0.1, 0.2, 1, 6)  # 8 steps, all that 4 epochs of 2 batches have
+    refused(
+        r"Surgery comes after 8 optimiser steps \(GReg1\), and this run ends after 8",
+        surgeon(),
+        GReg1(0.5, schedule=exactly),
+    )
+    refused("ends after 4", surgeon(), Picker(epochs=2), max_steps=4)
+    refused("ends after 2", surgeon(at_epoch=1), Picker(epochs=1), max_steps=2)
+
+
+def test_refuses_an_epoch_before_the_channels_are_known() -> None:
+    late = GReg2Schedule(0.1, 0.3, 0.1, 0.5, 1, 1)  # picks before its third step
+    refused(
+        "at_epoch=1 comes after 2 optimiser steps, but GReg2 knows only after 3",
+        surgeon(at_epoch=1),
+        GReg2(0.5, schedule=late),
+    )
+
+
+@pytest.mark.parametrize("method", [GReg1(0.5, schedule=GReg1Schedule(10, 20, 1, 1)), ASCP(0.5, epochs=2, pull=20.0)])
+def test_refuses_a_penalty_that_would_overshoot(method: Callback) -> None:
+    refused("must stay below 1", surgeon(), method)
 
 
 def test_refuses_a_monitor_that_is_not_logged() -> None:

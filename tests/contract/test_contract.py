@@ -63,6 +63,7 @@ class Outputs(Callback):
 
 @ROWS
 @EITHER_OPTIMIZER
+@pytest.mark.filterwarnings("ignore:.*energy was left")
 def test_it_trains_and_reaches_the_widths(row: str, optimizer: str) -> None:
     setting, outputs = SETTINGS[row], Outputs()
     callback, net = prune(setting, optimizer, outputs)
@@ -77,6 +78,7 @@ def test_it_trains_and_reaches_the_widths(row: str, optimizer: str) -> None:
 
 @ROWS
 @EITHER_OPTIMIZER
+@pytest.mark.filterwarnings("ignore:.*energy was left")
 def test_it_is_quiet_after_surgery(row: str, optimizer: str) -> None:
     """The epoch after surgery is that of a run without the callback, from the same weights and optimiser state."""
 

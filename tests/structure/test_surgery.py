@@ -84,6 +84,25 @@ def test_the_optimiser_goes_on_as_if_the_slim_network_had_always_been(name: str)
         assert new.grad is not None and (new.grad.abs().max() < 1e-6 or not torch.equal(old, new))
 
 
+def test_lbfgs_begins_anew_and_goes_on() -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(image()).square().mean()
+        loss.backward()
+        return loss
+
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    optimizer.step(closure)
+    plan = choose(trace(model, image()), ratio=0.5)
+    with pytest.warns(UserWarning, match="LBFGS begins anew"):
+        prune_(model, plan, optimizer)
+    before = closure().item()
+    optimizer.step(closure)
+    assert closure().item() < before
+
+
 def test_numbers_of_the_modules_follow() -> None:
     model = Net()
     prune_(model, choose(trace(model, image()), 0.5, scope="all"))
