@@ -24,6 +24,13 @@ if TYPE_CHECKING:
         SlimFileError,
         TraceError,
     )
+    from lightning_prune.schedules import (
+        ASCPSchedule,
+        GReg1Schedule,
+        GReg2Schedule,
+        MaskSparsityStrength,
+        TPPSchedule,
+    )
     from lightning_prune.structure import (
         ChannelGraph,
         ChannelGroup,
@@ -48,6 +55,9 @@ _HOMES = {
     "lightning_prune.errors": (
         *("ConfigurationError", "PlanError", "ProofError", "PruningError", "SlimFileError", "TraceError"),
     ),
+    "lightning_prune.schedules": (
+        *("ASCPSchedule", "GReg1Schedule", "GReg2Schedule", "MaskSparsityStrength", "TPPSchedule"),
+    ),
     "lightning_prune.structure": (
         *("ChannelGraph", "ChannelGroup", "Proof", "PruningPlan"),
         *("choose", "load_slim", "prove", "prune_", "save_slim", "trace"),
@@ -57,13 +67,17 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ASCP",
+    "ASCPSchedule",
     "ChannelGraph",
     "ChannelGroup",
     "ConfigurationError",
     "GReg1",
+    "GReg1Schedule",
     "GReg2",
+    "GReg2Schedule",
     "Magnitude",
     "MaskSparsity",
+    "MaskSparsityStrength",
     "PlanError",
     "Proof",
     "ProofError",
@@ -73,7 +87,9 @@ __all__ = [
     "SlimFileError",
     "StructuralPruning",
     "TPP",
+    "TPPSchedule",
     "TraceError",
+    "__version__",
     "choose",
     "load_from_checkpoint",
     "load_slim",
@@ -85,9 +101,21 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _installed_version()
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _installed_version() -> str:
+    """As the package's metadata says; a checkout that isn't installed has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lightning-prune")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,22 @@ ROOT = Path(__file__).parent.parent
 def test_public_names_are_sorted_and_found() -> None:
     assert lightning_prune.__all__ == sorted(lightning_prune.__all__)
     assert dir(lightning_prune) == lightning_prune.__all__
-    for name in lightning_prune.__all__:
+    for name in set(lightning_prune.__all__) - {"__version__"}:
         assert getattr(lightning_prune, name).__name__ == name
 
 
-def test_every_name_of_the_rooms_is_sorted() -> None:
-    import lightning_prune.structure
+def test_the_version_is_that_of_the_package() -> None:
+    assert lightning_prune.__version__ in (declared_version(), "unknown")
 
-    assert lightning_prune.structure.__all__ == sorted(lightning_prune.structure.__all__)
+
+@pytest.mark.parametrize("room", ["callbacks", "reports", "schedules", "structure"])
+def test_every_name_of_the_rooms_is_sorted_and_found(room: str) -> None:
+    module = import_module(f"lightning_prune.{room}")
+    assert module.__all__ == sorted(module.__all__)
+    for name in module.__all__:
+        assert hasattr(module, name)
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        _ = module.unknown
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -34,6 +43,10 @@ def test_the_type_marker_is_there() -> None:
     assert (Path(lightning_prune.__file__).parent / "py.typed").exists()
 
 
-def test_changelog_knows_the_version() -> None:
+def declared_version() -> str:
     (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    return str(version)
+
+
+def test_changelog_knows_the_version() -> None:
+    assert f"## {declared_version()}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

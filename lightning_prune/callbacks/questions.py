@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -81,8 +82,13 @@ class Method(PruningCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(module)
+        check(ratio is None or isinstance(ratio, Real), f"ratio={ratio!r} must be a number.")
+        for argument, number in (("round_to", round_to), ("start", start), ("epochs", epochs)):
+            is_whole = isinstance(number, Integral) or (number is None and argument == "epochs")
+            check(is_whole, f"{argument}={number!r} must be a whole number.")
         check(ratio is None or 0 < ratio < 1, f"ratio={ratio} must lie strictly between 0 and 1.")
         for pattern, value in (ratios or {}).items():
+            check(isinstance(value, Real), f"ratios[{pattern!r}]={value!r} must be a number.")
             check(0 <= value < 1, f"ratios[{pattern!r}]={value} must lie in [0, 1).")
         check(not isinstance(ignore, str), f"ignore={ignore!r} must be a list of patterns.")
         check(scope in ("inner", "all"), f"scope={scope!r} must be 'inner' or 'all'.")

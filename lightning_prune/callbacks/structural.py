@@ -148,6 +148,8 @@ class StructuralPruning(PruningCallback):
         """After a resume behind surgery, build the finetune stage's optimiser before its state loads."""
         super().on_fit_start(trainer, pl_module)
         self._stage.check(trainer)
+        if self.monitor is not None and not trainer.enable_validation:
+            rank_zero_warn(f"monitor={self.monitor!r} stays unknown, for this run has no validation.")
         if not self._done:
             self._guard.raise_(trainer)
             return

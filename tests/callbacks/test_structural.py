@@ -338,6 +338,12 @@ def test_names_are_those_of_the_network_as_it_was_written(tmp_path: Path, inside
     assert torch.equal(fresh.eval().net(images), task.eval().net(images))
 
 
+def test_a_monitor_without_validation_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="monitor='val_acc' stays unknown, for this run has no validation"):
+        result = run(tmp_path, surgery=surgeon(monitor="val_acc"), limit_val_batches=0)
+    assert result.surgery.report is not None and set(result.surgery.report.accuracy.values()) == {None}
+
+
 def test_what_was_left_of_the_channels_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"greg1: 0\.\d+ of the energy was left .* more than 0.01"):
         result = run(
