@@ -305,10 +305,20 @@ class Regulariser(Method):
             return
         dynamics = dynamics_of(self._keeper, [target.parameter for target in self._targets])
         self._origin = completed
-        self._schedule = self.begin(stage_steps(trainer, self.epochs), dynamics)
+        self._schedule = self.begin(self._steps_ahead(trainer), dynamics)
         self._learning_rate = dynamics.learning_rate
         self._phase = "pick"
         self.entered(trainer, dynamics)
+
+    def _steps_ahead(self, trainer: Trainer) -> int | None:
+        """Optimiser steps of the stage that begins; under manual optimisation as many per batch as there were so far.
+
+        Without an epoch before the stage one per batch is assumed.
+        """
+        steps, batches = stage_steps(trainer, self.epochs), trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        if steps is None or trainer.lightning_module.automatic_optimization or not (self._ticks and batches):
+            return steps
+        return max(2, round(steps * self._ticks / batches))
 
     @torch.no_grad()
     def _pick(self) -> None:

@@ -186,6 +186,36 @@ def test_the_clock_counts_steps_of_the_optimiser_that_holds_the_channels(method:
     assert regulariser.state_dict()["ticks"] == 24 and regulariser.ready
 
 
+@pytest.mark.parametrize(("per_batch", "every"), [(3, 1), (1, 2)])
+@BOTH
+def test_a_derived_stage_counts_with_the_steps_that_a_batch_had_so_far(method: Any, per_batch: int, every: int) -> None:
+    class Own(Classifier):
+        def __init__(self) -> None:
+            super().__init__(seeded(linear_net))
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            for _ in range(per_batch):
+                optimizer.zero_grad()
+                self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+                if batch_idx % every == 0:
+                    optimizer.step()
+
+    regulariser, phases = method(0.5, start=1, epochs=2), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            phases.append(regulariser.phase)
+
+    with pytest.warns(UserWarning, match="too few optimiser steps"):
+        trainer(regulariser, Look(), max_epochs=3).fit(Own(), feature_loader(8))
+    state = regulariser.state_dict()
+    assert (state["origin"], state["ticks"]) == (8 * per_batch // every, 24 * per_batch // every)
+    assert method.schedule_type(**state["schedule"]).length == 16 * per_batch // every
+    assert phases[8] in ("pick", "grow") and phases[22] == "hold" and regulariser.ready
+
+
 # What is penalised.
 
 
