@@ -130,6 +130,7 @@ GROWTH_TPP = TPPSchedule(0.1, 0.8, 2, 3, gram=2.0, zero_every=1)
 FILTERS = rows({"0": ("0.weight",), "3": ("3.weight",)})
 PUBLISHED = rows({"0": ("0.weight", "0.bias", "1.weight", "1.bias"), "3": ("3.weight", "4.weight", "4.bias")})
 
+LATE = ASCPSchedule(EPOCHS, "linear", interval=EPOCHS)
 ALL_AT_ONCE = ASCPSchedule(EPOCHS, "const", freeze_after=0.3)
 
 SETTINGS = {
@@ -137,6 +138,7 @@ SETTINGS = {
     "ascp, centripetal": Setting(
         ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5, "finish": "centripetal"}, apart, exact=True
     ),
+    "ascp without a pull": Setting(ASCP, {"schedule": LATE, "cluster": "ward"}, exact=True),
     "greg1": Setting(GReg1, {"schedule": GROWTH1}, everything),
     "greg1 as published": Setting(GReg1, {"schedule": GROWTH1, "coupled": False}, FILTERS),
     "greg2": Setting(GReg2, {"schedule": GROWTH2}, with_kept(-0.01)),
