@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks.ascp import ASCP
     from lightning_prune.callbacks.checkpointing import SlimCheckpointMixin, load_from_checkpoint
     from lightning_prune.callbacks.greg import GReg1, GReg2
+    from lightning_prune.callbacks.loading import LoadPruned
     from lightning_prune.callbacks.magnitude import Magnitude
     from lightning_prune.callbacks.mask_sparsity import MaskSparsity
     from lightning_prune.callbacks.structural import StructuralPruning
@@ -48,6 +49,7 @@ _HOMES = {
     "lightning_prune.callbacks.ascp": ("ASCP",),
     "lightning_prune.callbacks.checkpointing": ("SlimCheckpointMixin", "load_from_checkpoint"),
     "lightning_prune.callbacks.greg": ("GReg1", "GReg2"),
+    "lightning_prune.callbacks.loading": ("LoadPruned",),
     "lightning_prune.callbacks.mask_sparsity": ("MaskSparsity",),
     "lightning_prune.callbacks.magnitude": ("Magnitude",),
     "lightning_prune.callbacks.structural": ("StructuralPruning",),
@@ -75,6 +77,7 @@ __all__ = [
     "GReg1Schedule",
     "GReg2",
     "GReg2Schedule",
+    "LoadPruned",
     "Magnitude",
     "MaskSparsity",
     "MaskSparsityStrength",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks.base import Regulariser
     from lightning_prune.callbacks.checkpointing import SlimCheckpointMixin, load_from_checkpoint
     from lightning_prune.callbacks.greg import GReg1, GReg2
+    from lightning_prune.callbacks.loading import LoadPruned
     from lightning_prune.callbacks.magnitude import Magnitude
     from lightning_prune.callbacks.mask_sparsity import MaskSparsity
     from lightning_prune.callbacks.structural import StructuralPruning
@@ -22,6 +23,7 @@ _HOME = {
     "ASCP": "ascp",
     "GReg1": "greg",
     "GReg2": "greg",
+    "LoadPruned": "loading",
     "Magnitude": "magnitude",
     "MaskSparsity": "mask_sparsity",
     "Regulariser": "base",
@@ -35,6 +37,7 @@ __all__ = [
     "ASCP",
     "GReg1",
     "GReg2",
+    "LoadPruned",
     "Magnitude",
     "MaskSparsity",
     "Regulariser",

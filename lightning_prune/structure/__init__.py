@@ -7,7 +7,7 @@ from lightning_prune.structure.choice import choose, pick, select
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
 from lightning_prune.structure.plan import PruningPlan, kept_channels, signature
 from lightning_prune.structure.proof import Proof, masked_state, prove
-from lightning_prune.structure.slim_file import load_slim, read_slim_header, save_slim
+from lightning_prune.structure.slim_file import load_slim, read_slim_header, read_slim_plan, save_slim
 from lightning_prune.structure.surgery import prune_
 from lightning_prune.structure.tracing import trace
 
@@ -24,6 +24,7 @@ __all__ = [
     "prove",
     "prune_",
     "read_slim_header",
+    "read_slim_plan",
     "save_slim",
     "select",
     "signature",

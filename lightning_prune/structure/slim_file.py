@@ -77,6 +77,15 @@ def read_slim_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _read(path)[0]
 
 
+def read_slim_plan(path: str | os.PathLike[str]) -> PruningPlan:
+    """The plan of a slim file.
+
+    Raises:
+        SlimFileError: where the file is damaged or not one of ours.
+    """
+    return _plan_of(path, _read(path)[0])
+
+
 def load_slim(path: str | os.PathLike[str], model: nn.Module) -> PruningPlan:
     """Turn a fresh dense model into the slim one of a file: first the plan, then the weights, in place.
 
@@ -93,10 +102,10 @@ def load_slim(path: str | os.PathLike[str], model: nn.Module) -> PruningPlan:
         SlimFileError: where the file is damaged, foreign, or belongs to another model.
     """
     header, tensors = _read(path)
+    plan = _plan_of(path, header)
     try:
-        plan = PruningPlan.from_json(json.dumps(header["plan"]))
         check_fits(model, plan)
-    except (KeyError, PlanError) as error:
+    except PlanError as error:
         raise SlimFileError(f"{os.fspath(path)} does not fit this {type(model).__name__}: {error}") from error
     _check_tensors(path, _stored(model), tensors, plan)
     prune_(model, plan)
@@ -104,6 +113,13 @@ def load_slim(path: str | os.PathLike[str], model: nn.Module) -> PruningPlan:
         for name, tensor in _stored(model).items():
             tensor.copy_(tensors[name])
     return plan
+
+
+def _plan_of(path: str | os.PathLike[str], header: dict[str, Any]) -> PruningPlan:
+    try:
+        return PruningPlan.from_json(json.dumps(header["plan"]))
+    except (KeyError, PlanError) as error:
+        raise SlimFileError(f"The plan in {os.fspath(path)} is damaged: {error}") from error
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,86 @@
+"""The second of two runs: a dense module becomes the slim one of a file, and is trained on, validated or used."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_prune.callbacks.checkpointing import AppliedPlan, attach_, detach_, history, remember_
+from lightning_prune.errors import ConfigurationError, SlimFileError
+from lightning_prune.structure import load_slim, read_slim_header, read_slim_plan, signature
+from lightning_prune.structure.plan import submodule
+
+
+class LoadPruned(Callback):
+    """Turns any Trainer, or LightningCLI config, into the finetune stage of a slim file.
+
+    Shapes and weights are those of the file before the optimiser is built and DDP wraps the module, on every rank and
+    in every launcher. A module that has been through the file's plan already (a second ``fit``, ``test`` after
+    ``fit``, one that :func:`~lightning_prune.load_slim` made) is left as it is. Checkpoints carry the plan, so that
+    they resume and load like any other.
+
+    Launchers that train in child processes (``ddp_spawn``, ``ddp_fork``, notebooks) bring no slim weights back into a
+    dense module of the main process: call ``load_slim`` on it before, or use the checkpoint.
+
+    Args:
+        path: of a file that :func:`~lightning_prune.save_slim` wrote.
+        module: name of the submodule that the file holds; ``""`` for the LightningModule itself.
+
+    Raises:
+        SlimFileError: where the file is damaged, foreign, or belongs to another model; before the first step.
+        ConfigurationError: where the module has no submodule of that name.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(callbacks=[LoadPruned("slim.safetensors")], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, module: str = "") -> None:
+        super().__init__()
+        self.path = os.fspath(path)
+        self.module = module
+        self._has_cut = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the module slim, once."""
+        try:
+            network = submodule(pl_module, self.module)
+        except AttributeError:
+            children = ", ".join(name for name, _ in pl_module.named_children())
+            raise ConfigurationError(
+                f"module={self.module!r} is no part of the LightningModule; its children are: {children}."
+            ) from None
+        if not history(pl_module):
+            header = read_slim_header(self.path)
+            self._has_cut = header.get("signature") != signature(network)
+            plan = load_slim(self.path, network) if self._has_cut else read_slim_plan(self.path)
+            remember_(pl_module, self.module, plan)
+        elif AppliedPlan(self.module, read_slim_plan(self.path)) not in history(pl_module):
+            raise SlimFileError(f"{self.path} belongs to a dense module; this one is slim by another plan already.")
+        attach_(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind except, on a slim module, the plan in its checkpoints."""
+        detach_(pl_module)
+        if self._has_cut and stage == "fit":
+            bring_nothing_back_(trainer, pl_module)
+
+
+def bring_nothing_back_(trainer: Trainer, pl_module: LightningModule) -> None:
+    """In a child process: keep its launcher from loading slim weights into the dense module of the main process.
+
+    That would fail after all the training, for nobody can cut the main process's module from here.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        rank_zero_warn(
+            "The module in the main process stays dense, for this launcher trains in child processes; load the slim"
+            " network from its checkpoint."
+        )
+        vars(pl_module)["state_dict"] = _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> dict[str, Any]:
+    return {}
