@@ -40,7 +40,10 @@ class _CopyTensors(TorchFunctionMode):
 
 
 def replica(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
-    """A deep copy whose tensors lie on ``device`` (on ``"meta"`` they take no memory); ties and flags are kept."""
+    """A deep copy whose tensors lie on ``device`` (on ``"meta"`` they take no memory); ties and flags are kept.
+
+    Norms that are synchronised between ranks become local ones.
+    """
     target = torch.device(device) if device is not None else None
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -54,7 +57,16 @@ def replica(model: nn.Module, device: torch.device | str | None = None) -> nn.Mo
             copied = copy.deepcopy(model, {**memo, **_uncopyable(model)})
     for module, twin in zip(model.modules(), copied.modules(), strict=True):
         _complete(module, twin)
+        if isinstance(twin, nn.SyncBatchNorm):
+            twin.__class__ = _LocalBatchNorm  # type: ignore[assignment]  # both are batch norms
     return copied
+
+
+class _LocalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A synchronised norm on its own: a copy is tried on one rank, on any device, while the others may be elsewhere."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
 
 
 def _uncopyable(model: nn.Module) -> dict[int, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.errors import PlanError
-from lightning_prune.structure import PruningPlan, choose, prune_, trace
+from lightning_prune.structure import PruningPlan, choose, prove, prune_, trace
 
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
@@ -101,6 +101,17 @@ def test_lbfgs_begins_anew_and_goes_on() -> None:
     before = closure().item()
     optimizer.step(closure)
     assert closure().item() < before
+
+
+def test_synchronised_norms_are_watched_and_proved_on_one_rank() -> None:
+    """In training their own forward asks for a GPU and for the other ranks; the model keeps them."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(Net())
+    plan = choose(trace(model, image()), ratio=0.5, scope="all")
+    assert prove(model, plan, image()).modes == ("eval", "train")
+    prune_(model, plan)
+    norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert [norm.num_features for norm in norms] == [4, 6]
+    assert model.eval()(image()).shape == (4, 5)
 
 
 def test_numbers_of_the_modules_follow() -> None:
