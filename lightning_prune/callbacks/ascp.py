@@ -75,7 +75,8 @@ class ASCP(Regulariser):
         finish: ``"plain"`` lets channels part again between reconstructions; ``"centripetal"`` averages gradients
             within clusters as soon as the partition is final, so that they stay alike.
         recalibrate: samples of the last epoch from which running statistics of batch normalisation are taken anew
-            after the last reconstruction; the batches are kept in memory during that epoch. 0 takes none.
+            after the last reconstruction; the batches are kept in memory during that epoch, and in checkpoints that are
+            written in it. 0 takes none.
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too, one partition for each.
@@ -101,6 +102,7 @@ class ASCP(Regulariser):
     _ratios: dict[str, float]
     _copied: dict[str, Tensor]
     _calls: RecentCalls
+    _resumed: list[Any]
 
     def __init__(
         self,
@@ -264,12 +266,14 @@ class ASCP(Regulariser):
     # The checkpoint.
 
     def memory(self) -> dict[str, Any]:
-        """The partition."""
-        return {"labels": {name: labels.cpu() for name, labels in self._labels.items()}}
+        """The partition, and in the last epoch the batches for the recalibration."""
+        calls = self._calls.plain() if len(self._calls) else self._resumed
+        return {"labels": {name: labels.cpu() for name, labels in self._labels.items()}, "calls": calls}
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Take over what :meth:`memory` had saved."""
         self._labels = dict(memory["labels"])
+        self._resumed = list(memory["calls"])
 
     # The machinery.
 
@@ -328,6 +332,8 @@ class ASCP(Regulariser):
     def _join(self, trainer: Trainer, graph: structure.ChannelGraph) -> None:
         super()._join(trainer, graph)
         self._calls = RecentCalls(self.recalibrate)
+        self._calls.restore(self._resumed, next(iter(self._parameters.values())).device)
+        self._resumed = []
         ratios = structure.select(graph, self.ratio or 0.5, ratios=self.ratios, ignore=self.ignore, scope=self.scope)
         self._ratios = {name: ratios[name] for name in self._groups}
         if all(self._count(name, self._rates.epochs) == group.size for name, group in self._groups.items()):
@@ -338,6 +344,7 @@ class ASCP(Regulariser):
     def _forget(self) -> None:
         super()._forget()
         self._labels = {}
+        self._resumed = []
 
     def _leave(self) -> None:
         super()._leave()

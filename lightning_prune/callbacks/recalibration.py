@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from lightning_prune.structure.replica import quiet_room
+from lightning_prune.structure.replica import quiet_room, to_device
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -36,6 +36,17 @@ class RecentCalls:
         self._calls.append((_count(call), call))
         while len(self._calls) > 1 and sum(count for count, _ in self._calls) > self.samples:
             self._calls.popleft()
+
+    def plain(self) -> list[Any]:
+        """The calls on the CPU, for a checkpoint; none of them where one holds what torch doesn't load safely."""
+        calls = [to_device(list(call), "cpu") for _, call in self._calls]
+        return calls if _is_plain(calls) else []
+
+    def restore(self, calls: list[Any], device: torch.device) -> None:
+        """Remember what :meth:`plain` gave."""
+        self.clear()
+        for args, kwargs in calls:
+            self.keep((to_device(tuple(args), device), to_device(kwargs, device)))
 
     def clear(self) -> None:
         """Let go of all of them."""
@@ -117,6 +128,14 @@ def _counts(module: nn.Module) -> bool:
 
 def _buffers(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return norm.running_mean, norm.running_var  # type: ignore[return-value]  # a norm that keeps statistics
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return type(value) is dict and all(map(_is_plain, (*value.keys(), *value.values())))
+    if isinstance(value, (list, tuple)):
+        return type(value) in (list, tuple) and all(map(_is_plain, value))
+    return value is None or type(value) in (Tensor, bool, int, float, str)
 
 
 def _count(call: Call) -> int:
