@@ -101,13 +101,30 @@ def apart(net: nn.Module, removal: dict[str, tuple[int, ...]], strength: float) 
     return value
 
 
+def uneven() -> nn.Module:
+    """As :func:`conv_net`, but of scales that differ, and nearly all MACs are the second convolution's."""
+    net: Any = conv_net()
+    net[0] = nn.Conv2d(3, 8, 1)
+    with torch.no_grad():
+        net[1].weight.copy_(torch.linspace(0.5, 1.5, 8))
+        net[4].weight.copy_(torch.linspace(1.5, 0.5, 8))
+    return net
+
+
+def unpadded() -> nn.Module:
+    """As :func:`conv_net`, but every reading layer takes constants exactly."""
+    net: Any = conv_net()
+    net[3] = nn.Conv2d(8, 8, 3, bias=False)
+    return net
+
+
 @dataclass(frozen=True)
 class Setting:
     """A method and what it promises.
 
     Args:
         method: the class.
-        arguments: beside ``ratio=0.5``, ``epochs`` among them where the method takes any.
+        arguments: beside ``ratio=0.5`` or instead of it, ``epochs`` among them where the method takes any.
         formula: what it adds to the loss in the middle of the stage; ``None`` for nothing.
         exact: whether surgery changes no output, in eval and train mode, after any stage however short.
         net: builds a network of 8 channels in the layers "0" and "3" that suits it.
@@ -121,7 +138,7 @@ class Setting:
 
     def build(self, **changes: Any) -> Any:
         """A new callback."""
-        return self.method(0.5, **{**self.arguments, **changes})
+        return self.method(**{"ratio": 0.5, **self.arguments, **changes})
 
 
 GROWTH1 = GReg1Schedule(0.1, 0.8, 2, 5, stop_ratio=None)
@@ -147,6 +164,22 @@ SETTINGS = {
     "mask_sparsity": Setting(MaskSparsity, {"epochs": EPOCHS}, absolute("weight", "bias"), exact=True),
     "mask_sparsity, scales alone": Setting(
         MaskSparsity, {"epochs": EPOCHS, "penalize_bias": False}, absolute("weight")
+    ),
+    "mask_sparsity, by MACs": Setting(
+        MaskSparsity, {"ratio": None, "macs": 0.3, "epochs": EPOCHS}, absolute("weight", "bias"), exact=True, net=uneven
+    ),
+    "mask_sparsity, from the baseline": Setting(
+        MaskSparsity,
+        {"epochs": EPOCHS, "global_epochs": 1, "restart_from": "baseline"},
+        absolute("weight", "bias"),
+        exact=True,
+    ),
+    "mask_sparsity, folded": Setting(
+        MaskSparsity,
+        {"epochs": EPOCHS, "penalize_bias": False, "fold_constant": True},
+        absolute("weight"),
+        exact=True,
+        net=unpadded,
     ),
     "tpp": Setting(TPP, {"schedule": GROWTH_TPP}, decorrelated(2.0, everything), exact=True),
     "tpp as published": Setting(

@@ -7,21 +7,27 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune import structure
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.dynamics import dynamics_of
+from lightning_prune.callbacks.folding import Fold, find_fold, fold_, refusal
 from lightning_prune.callbacks.inject import Penalty
-from lightning_prune.callbacks.masks import doomed_channels, scales_of
-from lightning_prune.callbacks.targets import zero_out_
+from lightning_prune.callbacks.mac_target import Search
+from lightning_prune.callbacks.masks import doomed_channels, rounded, scales_of
+from lightning_prune.callbacks.neighbours import average_models
+from lightning_prune.callbacks.operation import on_first_rank
+from lightning_prune.callbacks.restart import read_weights, restart_, weights_of
+from lightning_prune.callbacks.targets import Target, aim, zero_out_
 from lightning_prune.callbacks.watching import check
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.penalties import masked_l1, soft_threshold_
 from lightning_prune.schedules import MASK_SPARSITY, Dynamics, MaskSparsityStrength
+from lightning_prune.structure.choice import matches
 from lightning_prune.structure.plan import layer_of
 
 HOLD = 0.2
@@ -69,23 +75,31 @@ class MaskSparsity(Regulariser):
     spare. Where several norms share channels, as in a residual stream, they share one mask.
 
     A channel of scale 0 still emits its norm's bias. The masked stage therefore pulls at the biases too and ends in a
-    hold in which both are exactly zero, so that surgery changes nothing.
+    hold in which both are exactly zero, so that surgery changes nothing; or what is emitted is folded into the next
+    layers (see :func:`~lightning_prune.callbacks.folding.find_fold`).
 
     Adaptive optimisers divide a penalty's gradient by its own size; there the scales are soft-thresholded by learning
     rate times strength after each step instead (the log says so).
 
     Args:
         ratio: fraction of channels to remove, in (0, 1); or
-        threshold: absolute scale up to which a channel goes; at least one channel stays in every layer.
+        threshold: absolute scale up to which a channel goes; at least one channel stays in every layer; or
+        macs: share of the network's MACs that may be left, in (0, 1): one threshold for all layers is found by
+            bisection; at least one channel stays in every layer.
         epochs: length of the sparse stage, global stage and hold included.
         global_epochs: epochs at the beginning of the sparse stage in which all scales are penalised.
         mask_at: epochs of the trainer at whose beginning the mask is made again, inside the masked stage.
+        restart_from: weights from which the masked stage sets out after the global stage: ``"baseline"``, those at the
+            beginning of the sparse stage, or a path to a checkpoint or a ``state_dict``; ``None`` goes on with those
+            that the global stage leaves.
         penalize_bias: pull at the norms' biases too. ``False`` is the published form, where surgery takes a constant
             away from the next layer.
+        fold_constant: at the end of the sparse stage, put into the next layers' biases what the channels that go still
+            emit, where that is exact; a warning names the layers where it isn't.
         group_rule: how norms that share channels agree: by their mean absolute scale, or by vote.
         constants: ``"imagenet"`` or a record of your own instead of a strength derived for this stage; then there is no
             correction and no hold, as published.
-        ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
+        ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone. Beside ``macs`` they hold as they are.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
         round_to: kept widths are multiples of this.
@@ -94,7 +108,8 @@ class MaskSparsity(Regulariser):
         name: tells instances of one class apart in checkpoints and logs.
 
     Raises:
-        ConfigurationError: an argument is out of its range, or not exactly one of ``ratio`` and ``threshold`` is given.
+        ConfigurationError: an argument is out of its range, or not exactly one of ``ratio``, ``threshold`` and ``macs``
+            is given.
 
     Source: Jiang et al., Pruning-aware Sparse Regularization for Network Pruning, Machine Intelligence Research 2023,
     arXiv 2201.06776, and its published code.
@@ -109,6 +124,9 @@ class MaskSparsity(Regulariser):
     _record: MaskSparsityStrength
     _masked_at: int | None
     _checked_at: int
+    _chosen: dict[str, list[int]] | None  # made before a restart, for the pick right after it
+    _baseline: dict[str, Tensor]  # to go back to, on the CPU
+    _folded: tuple[str, ...]  # groups that nobody reads any more
     _weighed: tuple[float, list[Tensor]] | None
 
     def __init__(
@@ -117,9 +135,12 @@ class MaskSparsity(Regulariser):
         *,
         epochs: int,
         threshold: float | None = None,
+        macs: float | None = None,
         global_epochs: int = 0,
         mask_at: Sequence[int] = (),
+        restart_from: str | None = None,
         penalize_bias: bool = True,
+        fold_constant: bool = False,
         group_rule: Literal["mean", "vote"] = "mean",
         constants: MaskSparsityStrength | Literal["imagenet"] | None = None,
         ratios: Mapping[str, float] | None = None,
@@ -141,7 +162,9 @@ class MaskSparsity(Regulariser):
             module=module,
             name=name,
         )
-        check((ratio is None) != (threshold is None), "Give exactly one of ratio=... and threshold=....")
+        given = sum(value is not None for value in (ratio, threshold, macs))
+        check(given == 1, "Give exactly one of ratio=..., threshold=... and macs=....")
+        check(macs is None or 0 < macs < 1, f"macs={macs} must lie strictly between 0 and 1: the share that is left.")
         check(threshold is None or 0 < threshold < float("inf"), f"threshold={threshold} must be a positive scale.")
         check(threshold is None or not any((ratios or {}).values()), "With threshold=... ratios can only be 0.")
         check(0 <= global_epochs < epochs, f"global_epochs={global_epochs} must lie in [0, {epochs}), below epochs.")
@@ -150,15 +173,22 @@ class MaskSparsity(Regulariser):
             list(mask_at) == sorted(set(mask_at)) and all(first <= epoch <= last for epoch in mask_at),
             f"mask_at={list(mask_at)} must be ascending epochs from {first} to {last}, inside the masked stage.",
         )
+        check(
+            restart_from is None or global_epochs > 0,
+            f"restart_from={restart_from!r} needs a global stage before it: give global_epochs=....",
+        )
         check(group_rule in ("mean", "vote"), f"group_rule={group_rule!r} must be 'mean' or 'vote'.")
         check(
             constants is None or constants == "imagenet" or isinstance(constants, MaskSparsityStrength),
             f"constants={constants!r} must be 'imagenet' or a MaskSparsityStrength.",
         )
         self.threshold = threshold
+        self.macs = macs
         self.global_epochs = global_epochs
         self.mask_at = tuple(mask_at)
+        self.restart_from = restart_from
         self.penalize_bias = penalize_bias
+        self.fold_constant = fold_constant
         self.group_rule = group_rule
         self.constants = constants
 
@@ -166,6 +196,7 @@ class MaskSparsity(Regulariser):
 
     def begin(self, steps: int | None, dynamics: Dynamics) -> MaskStage:
         """The epochs of global stage, masks and hold in optimiser steps."""
+        self._given_weights()
         length, epochs = steps or 1, self.epochs or 1
         moments = [self.global_epochs, *(epoch - self.start for epoch in self.mask_at)]
         picks = tuple(length * moment // epochs for moment in moments)
@@ -173,7 +204,9 @@ class MaskSparsity(Regulariser):
         return MaskStage(length, picks, hold)
 
     def entered(self, trainer: Trainer, dynamics: Dynamics) -> None:
-        """Say how the penalty acts, where it can't act through gradients."""
+        """Keep the weights that will be needed again; say how the penalty acts, where it can't through gradients."""
+        if self.restart_from == "baseline":
+            self._baseline = weights_of(self._run()[1])
         if dynamics.decoupled:
             name = type(self._keeper).__name__
             rank_zero_info(
@@ -181,7 +214,9 @@ class MaskSparsity(Regulariser):
             )
 
     def reach(self, group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
-        """The norms' scales, and in the masked stage their biases."""
+        """The norms' scales, and in the masked stage their biases; everything that leaves, once nobody reads it."""
+        if group.name in self._folded:
+            return group.members
         if not (self._picked and self.penalize_bias):
             return group.scales
         norms = {layer_of(name) for name, _ in group.scales}
@@ -200,28 +235,21 @@ class MaskSparsity(Regulariser):
         """After the first step with a mask."""
         return int(schedule.pick_step) + 1
 
-    def choose(self, graph: structure.ChannelGraph) -> dict[str, list[int]]:
-        """The channels of smallest scale: as many as the ratios say, or all up to the threshold."""
-        shares = structure.select(graph, self.ratio or 0.5, ratios=self.ratios, ignore=self.ignore, scope=self.scope)
-        small, chosen = 0, {}
-        for name, group in self._groups.items():
-            doomed = doomed_channels(
-                scales_of(group, self._parameters),
-                count=group.size - structure.kept_channels(group.size, shares[name]),
-                threshold=self.threshold,
-                rule=self.group_rule,
-            )
-            small += len(doomed)
-            share = len(doomed) / group.size
-            kept = structure.kept_channels(group.size, share, unit=group.unit, round_to=self.round_to)
-            chosen[name] = sorted(doomed[: group.size - kept])
-        total = sum(group.size for group in self._groups.values())
+    def choose(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
+        """The channels of smallest scale: as many as the ratios say, all up to the threshold, or down to the MACs."""
+        if self._chosen is not None:
+            return self._chosen
+        scales = {name: scales_of(group, self._parameters) for name, group in self._groups.items()}
+        if self.macs is not None:
+            return on_first_rank(self._run()[0], lambda: self._within_macs(graph, scales)) or {}
+        doomed = self._doomed(graph, scales)
+        small, total = sum(map(len, doomed.values())), sum(group.size for group in self._groups.values())
         if self.threshold is not None and small in (0, total):
             raise ConfigurationError(
                 f"{self._label}: {small} of {total} norm scales are at most threshold={self.threshold:g}; choose "
                 f"{'a larger' if small == 0 else 'a smaller'} one, or a ratio."
             )
-        return chosen
+        return {name: rounded(self._groups[name], channels, self.round_to) for name, channels in doomed.items()}
 
     def growing(self, step: int) -> bool:
         """Until the hold begins."""
@@ -234,7 +262,8 @@ class MaskSparsity(Regulariser):
             return
         if self.picks(step):
             self._masked_at = self._checked_at = step
-            self._weighed = None
+            self._chosen = self._weighed = None
+            self._warn_of_constants()
             self._record = self._derive(self._schedule.last_event - step)
         elif self._is_check(step):
             self._checked_at = step
@@ -266,32 +295,135 @@ class MaskSparsity(Regulariser):
                 own = [parameter for parameter in group["params"] if id(parameter) in weights]
                 soft_threshold_(own, [group["lr"] * weights[id(parameter)] for parameter in own])
         if self._picked and self._step is not None and self._step >= self._schedule.last_event:
-            self.conclude()
+            zero_out_(self._silent())
+
+    def end_epoch(self, finished: int) -> None:
+        """At the end of the global stage, decide the mask and go back to the weights from which to set out."""
+        graph = self.capture.graph
+        if self.restart_from is None or finished != self.global_epochs or graph is None:
+            return
+        self._chosen = self.agreed({name: list(numbers) for name, numbers in self.choose(graph).items()})
+        weights = self._given_weights() or self._baseline
+        restart_(*self._run(), weights)
+        self._baseline = {}
+        rank_zero_info(f"{self._label}: the mask is made; {len(weights)} tensors go back to {self.restart_from}.")
 
     def conclude(self) -> None:
-        """Set to zero what will go, unless published constants are asked for."""
-        if self._schedule.hold:
-            zero_out_(self._targets)
+        """Set to zero what will go, unless published constants are asked for; fold what it still emits."""
+        graph, (trainer, _) = self.capture.graph, self._run()
+        if graph is None:
+            return
+        twins = [twin.get_submodule(self.capture.name or "") for twin in average_models(trainer)]
+        zero_out_(self._silent())
+        if self.fold_constant and not self._folded:
+            self._fold(graph.model, twins)
+        for twin in twins:
+            zero_out_(self._silent(twin))
 
     def memory(self) -> dict[str, Any]:
-        """The strength in use, and when mask and strength were last looked at."""
-        return {"record": asdict(self._record), "masked_at": self._masked_at, "checked_at": self._checked_at}
+        """Strength in use, when mask and strength were last looked at, and what a restart or a fold needs."""
+        return {
+            "record": asdict(self._record),
+            "masked_at": self._masked_at,
+            "checked_at": self._checked_at,
+            "chosen": self._chosen,
+            "baseline": self._baseline,
+            "folded": list(self._folded),
+        }
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Take over what :meth:`memory` had saved."""
         self._record = MaskSparsityStrength(**memory["record"])
         self._masked_at = memory["masked_at"]
         self._checked_at = memory["checked_at"]
+        self._chosen = memory["chosen"]
+        self._baseline = memory["baseline"]
+        self._folded = tuple(memory["folded"])
 
     def _forget(self) -> None:
         super()._forget()
         self._record = MASK_SPARSITY
         self._masked_at = None
         self._checked_at = 0
+        self._chosen = None
+        self._baseline = {}
+        self._folded = ()
 
     def _leave(self) -> None:
         super()._leave()
         self._weighed = None
+
+    # The mask.
+
+    def _doomed(self, graph: structure.ChannelGraph, scales: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Who goes by the ratios or the threshold, the smallest first."""
+        shares = structure.select(graph, self.ratio or 0.5, ratios=self.ratios, ignore=self.ignore, scope=self.scope)
+        counts = {n: group.size - structure.kept_channels(group.size, shares[n]) for n, group in self._groups.items()}
+        rule = self.group_rule
+        return {name: doomed_channels(scales[name], counts[name], self.threshold, rule) for name in self._groups}
+
+    def _within_macs(self, graph: structure.ChannelGraph, scales: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """As few channels as the MACs allow, beside those that have a ratio of their own."""
+        target, inputs = self.macs, self.capture.inputs
+        if target is None or inputs is None:
+            raise PlanError(f"{self._label} has seen no batch yet, on which it could count MACs.")
+        own = [name for name, group in self._groups.items() if any(matches(group, key) for key in self.ratios or {})]
+        fixed = {name: channels for name, channels in self._doomed(graph, scales).items() if name in own}
+        free = {name: scale for name, scale in scales.items() if name not in own}
+        found, left = Search(graph, inputs, self._groups, fixed, free, self.group_rule, self.round_to).down_to(target)
+        counts = f"{sum(map(len, found.values()))} of {sum(group.size for group in self._groups.values())} channels"
+        rank_zero_info(f"{self._label}: without {counts} {left:.4g} of the network's MACs are left.")
+        return found
+
+    # What comes before and after.
+
+    def _run(self) -> tuple[Trainer, LightningModule]:
+        """The fit this belongs to."""
+        trainer, pl_module = (None, None) if self._fit is None else (self._fit[0](), self._fit[1]())
+        if trainer is None or pl_module is None:
+            raise ConfigurationError(f"{self._label} belongs to no fit.")
+        return trainer, pl_module
+
+    def _given_weights(self) -> dict[str, Tensor]:
+        """Those of the file to restart from, if any."""
+        if self.restart_from in (None, "baseline"):
+            return {}
+        return read_weights(str(self.restart_from), self._run()[1])
+
+    def _silent(self, network: nn.Module | None = None) -> list[Target]:
+        """What stays zero once it is: in the hold everything that is pulled at, else only what nobody reads."""
+        if network is None and self._schedule.hold:
+            return self._targets
+        channels = self._picked if self._schedule.hold else {name: self._picked[name] for name in self._folded}
+        parameters = self._parameters if network is None else dict(network.named_parameters(remove_duplicate=False))
+        return aim(channels, self._groups, self.reach, parameters)
+
+    def _constants(self, network: nn.Module) -> Fold:
+        """How they can be folded: rank 0 decides for all."""
+        inputs, (trainer, _) = self.capture.inputs, self._run()
+        if inputs is None:
+            return Fold({}, (), dict.fromkeys(self._picked, "no batch has been seen"))
+        found = on_first_rank(trainer, lambda: find_fold(network, self._groups, self._picked, inputs))
+        return self.agreed(found) or Fold({}, (), {})
+
+    def _fold(self, network: nn.Module, twins: Sequence[nn.Module]) -> None:
+        """Let the network's layers do without what still is emitted, and likewise its weight averages'."""
+        fold = self._constants(network)
+        fold_(network, self._groups, self._picked, fold)
+        for twin in twins:
+            fold_(twin, self._groups, self._picked, self._constants(twin))
+        self._folded, self._weighed = fold.groups, None
+        self._aim(self._picked)
+        if fold.refused:
+            rank_zero_warn(f"{self._label}: " + refusal(fold.refused, len(self._picked), "is lost at surgery"))
+
+    def _warn_of_constants(self) -> None:
+        """Before a masked stage that leaves the biases alone: which constants could not be folded after it."""
+        graph = self.capture.graph
+        if self.fold_constant and not self.penalize_bias and graph is not None:
+            refused, fate = self._constants(graph.model).refused, "will be lost at surgery, unless penalize_bias=True"
+            if refused:
+                rank_zero_warn(f"{self._label}: " + refusal(refused, len(self._picked), fate))
 
     # Strength.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.scores import bn_scale
-from lightning_prune.structure import ChannelGroup
+from lightning_prune.structure import ChannelGroup, kept_channels
 
 
 def vote(small: Tensor) -> Tensor:
@@ -53,6 +53,33 @@ def doomed_channels(scales: Tensor, count: int, threshold: float | None, rule: L
     small = ranks < count if threshold is None else scales <= threshold
     order = order[small.sum(dim=0)[order].argsort(descending=True, stable=True)]
     return order[: count if threshold is None else int(vote(small).sum())].tolist()
+
+
+def rounded(group: ChannelGroup, doomed: Sequence[int], round_to: int) -> list[int]:
+    """As many of the channels, the first first, as may go: one stays at least, and widths are rounded up; ascending."""
+    kept = kept_channels(group.size, len(doomed) / group.size, unit=group.unit, round_to=round_to)
+    return sorted(doomed[: group.size - kept])
+
+
+def ranked(scales: Mapping[str, Tensor], rule: Literal["mean", "vote"]) -> dict[str, Tensor]:
+    """The position of every scale in the ascending order of all of them, so that one number is a threshold for all.
+
+    Equal scales get different positions, in the order of the groups and channels.
+
+    Args:
+        scales: group name to absolute scales, shape ``(norms, C)``.
+        rule: under ``"mean"`` the norms of a group count as one, shape ``(1, C)``; under ``"vote"`` each counts.
+
+    >>> ranked({"a": torch.tensor([[0.3, 0.1]]), "b": torch.tensor([[0.2, 0.9]])}, "mean")
+    {'a': tensor([[2., 0.]], dtype=torch.float64), 'b': tensor([[1., 3.]], dtype=torch.float64)}
+    """
+    tables = {name: each.mean(dim=0, keepdim=True) if rule == "mean" else each for name, each in scales.items()}
+    if not tables:
+        return {}
+    everything = torch.cat([table.flatten() for table in tables.values()])
+    places = everything.argsort(stable=True).argsort().double()
+    parts = places.split([table.numel() for table in tables.values()])
+    return {name: part.view_as(tables[name]) for name, part in zip(tables, parts, strict=True)}
 
 
 def scales_of(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:

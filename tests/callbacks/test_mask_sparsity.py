@@ -12,12 +12,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.checkpointing import load_from_checkpoint
 from lightning_prune.callbacks.mask_sparsity import MaskSparsity, MaskStage
 from lightning_prune.callbacks.masks import doomed_channels, vote
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.reports.cost import count_cost
 from lightning_prune.schedules import MASK_SPARSITY, MaskSparsityStrength
-from lightning_prune.structure import masked_state, trace
+from lightning_prune.structure import load_slim, masked_state, prune_, save_slim, trace
 from tests.callbacks.nets import OPTIMIZERS, Classifier, conv_net, image_loader, linear_net, seeded, trainer
 from tests.callbacks.slimming import Residual
 
@@ -330,6 +332,32 @@ def test_a_run_resumed_at_any_step_is_the_uninterrupted_run(optimizer: str, tmp_
         state, other = whole.state_dict(), resumed.state_dict()
         assert [name for name in state if not torch.equal(state[name], other[name])] == [], step
         assert second.removal() == first.removal() and second.phase == first.phase == "ready"
+
+
+# A second pass.
+
+
+def test_a_second_run_on_the_slim_module_prunes_further(tmp_path: Path) -> None:
+    module, loader = Classifier(net(16)), image_loader(6)
+    images = next(iter(loader))[0]
+    shares, plans = [count_cost(module.net, images).macs], []
+    for number in range(2):
+        pruning = StructuralPruning(latency_batches=(), report_file=None)
+        saving = ModelCheckpoint(tmp_path / str(number), save_last=True)
+        run = trainer(MaskSparsity(macs=0.5, epochs=2), pruning, saving, max_epochs=3, enable_checkpointing=True)
+        run.fit(module, loader)
+        shares.append(count_cost(module.net, images).macs)
+        plans.append(pruning.plan)
+        assert 0.35 < shares[-1] / shares[-2] <= 0.5 and plans[-1] is not None
+    outputs = module.eval().net(images)
+    # a checkpoint knows both plans; a slim file knows the last
+    loaded = load_from_checkpoint(Classifier, tmp_path / "1" / "last.ckpt", net=net(16)).eval()
+    assert torch.equal(loaded.net(images), outputs)
+    save_slim(module, tmp_path / "slim.safetensors", plans[1])
+    fresh = Classifier(net(16)).eval()
+    prune_(fresh, plans[0])
+    load_slim(tmp_path / "slim.safetensors", fresh)
+    assert torch.equal(fresh.net(images), outputs)
 
 
 # The door.

@@ -306,11 +306,11 @@ def test_arguments_are_stored_and_survive_yaml(row: str, tmp_path: Path) -> None
     callback = setting.build(ignore=["0"], start=1, name="mine")
     names = list(inspect.signature(setting.method).parameters)
     values = {name: getattr(callback, name) for name in names}
-    assert {**setting.arguments, "ratio": 0.5, "start": 1, "name": "mine"}.items() <= values.items()
+    assert {"ratio": 0.5, **setting.arguments, "start": 1, "name": "mine"}.items() <= values.items()
 
     parser = LightningArgumentParser()
     parser.add_argument("--callback", type=setting.method)
-    plain = {**setting.arguments, "ratio": 0.5, "ignore": ["0"], "start": 1, "name": "mine"}
+    plain = {"ratio": 0.5, **setting.arguments, "ignore": ["0"], "start": 1, "name": "mine"}
     plain = {
         name: {"class_path": f"lightning_prune.schedules.{type(value).__name__}", "init_args": asdict(value)}
         if is_dataclass(value) and not isinstance(value, type)

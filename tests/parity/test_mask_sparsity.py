@@ -41,21 +41,29 @@ def built(name: str, net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(net.parameters(), lr=1e-3)
 
 
-def restated(net: nn.Module, batches: list[Any], optimizer: str, ratio: float, epochs: int, bias: bool) -> Any:
+def restated(
+    net: nn.Module, batches: list[Any], optimizer: str, ratio: float, epochs: int, bias: bool, restart: bool = False
+) -> Any:
     """The published loop: gradients get lambda * mask * sign(gamma) between backward and step."""
     steps = built(optimizer, net)
     norms = [module for module in net if isinstance(module, nn.BatchNorm2d)]  # type: ignore[attr-defined]
     masks: list[Tensor] | None = None
-    diary = []
+    diary: list[Any] = []
+    dense = None
     for epoch in range(epochs):
         if epoch == 1:
             masks = [torch.zeros_like(norm.weight) for norm in norms]
             for norm, mask in zip(norms, masks, strict=True):
                 mask[norm.weight.detach().abs().argsort()[: round(ratio * len(mask))]] = 1
+            if restart:
+                net.load_state_dict(dense)
+                steps = built(optimizer, net)
         for images, labels in batches:
             diary.append([parameter.detach().clone() for parameter in net.parameters()])
             steps.zero_grad()
-            nn.functional.cross_entropy(net(images.double()), labels).backward()
+            loss = nn.functional.cross_entropy(net(images.double()), labels)
+            dense = copy.deepcopy(net.state_dict()) if dense is None else dense
+            loss.backward()
             pulls = []
             for number, norm in enumerate(norms):
                 if masks is None:
@@ -74,10 +82,11 @@ def restated(net: nn.Module, batches: list[Any], optimizer: str, ratio: float, e
     return diary, masks
 
 
+@pytest.mark.parametrize("restart", [None, "baseline"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.filterwarnings("ignore:.*moves a scale by at most")
-def test_weights_follow_the_published_loop(optimizer: str, bias: bool) -> None:
+def test_weights_follow_the_published_loop(optimizer: str, bias: bool, restart: str | None) -> None:
     net = seeded(conv_net).double()
     with torch.no_grad():
         for norm in (net[1], net[4]):
@@ -85,9 +94,10 @@ def test_weights_follow_the_published_loop(optimizer: str, bias: bool) -> None:
     twin, loader = copy.deepcopy(net), image_loader(6)
     module = Module(net, optimizer)
     constants = MaskSparsityStrength(STRENGTH, GLOBAL)
-    method = MaskSparsity(0.5, epochs=4, global_epochs=1, penalize_bias=bias, constants=constants)
+    options: dict[str, Any] = {"global_epochs": 1, "penalize_bias": bias, "constants": constants}
+    method = MaskSparsity(0.5, epochs=4, restart_from=restart, **options)
     trainer(method, precision="64-true", max_epochs=4).fit(module, loader)
-    diary, masks = restated(twin, list(loader), optimizer, 0.5, 4, bias)
+    diary, masks = restated(twin, list(loader), optimizer, 0.5, 4, bias, restart is not None)
     for mine, theirs in zip(module.diary, diary, strict=True):
         assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-13) for a, b in zip(mine, theirs, strict=True))
     assert method.removal() == {

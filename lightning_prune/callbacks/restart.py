@@ -1,0 +1,79 @@
+"""Training begins anew from other weights, in the middle of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_prune.callbacks.neighbours import average_models
+from lightning_prune.errors import ConfigurationError
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's parameters and saved buffers, on the CPU."""
+    return {name: value.to("cpu", copy=True) for name, value in _tensors(module).items()}
+
+
+def read_weights(path: str, module: nn.Module) -> dict[str, Tensor]:
+    """The weights in a file, by the names that the module has for them.
+
+    Args:
+        path: of a Lightning checkpoint or of a saved ``state_dict``, of the module or of one of its submodules.
+        module: has parameters and saved buffers of the same shapes.
+
+    Raises:
+        ConfigurationError: the file can't be read, or holds something else.
+    """
+    try:
+        content = torch.load(Path(path), map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise ConfigurationError(f"restart_from={path!r} is no file of weights that can be read ({first}).") from error
+    found = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    weights = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    own = _tensors(module)
+    prefix = _prefix(weights, own, module, path)
+    for name, value in weights.items():
+        if value.shape != own[prefix + name].shape:
+            shapes = f"shape {tuple(value.shape)} there and {tuple(own[prefix + name].shape)} here"
+            raise ConfigurationError(f"restart_from={path!r} does not fit: {prefix + name!r} has {shapes}.")
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@torch.no_grad()
+def restart_(trainer: Trainer, pl_module: LightningModule, weights: Mapping[str, Tensor]) -> None:
+    """Give the module in training, and its weight averages, other weights; what optimisers know of the old ones goes.
+
+    Args:
+        trainer: between two steps.
+        pl_module: in training.
+        weights: by the module's own names.
+    """
+    for module in (pl_module, *average_models(trainer)):
+        own = _tensors(module)
+        for name, value in weights.items():
+            own[name].copy_(value)
+    others = {id(p) for name, p in pl_module.named_parameters(remove_duplicate=False) if name in weights}
+    for optimizer in trainer.optimizers:
+        for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+            if id(parameter) in others:
+                optimizer.state.pop(parameter, None)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _prefix(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], module: nn.Module, path: str) -> str:
+    """The name, with its dot, of the submodule whose weights these are."""
+    for name, _ in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if weights and set(weights) == {key.removeprefix(prefix) for key in own if key.startswith(prefix)}:
+            return prefix
+    missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    what = f"lacks {missing[0]!r}" if missing else f"holds {unknown[0]!r}, which the module does not have"
+    raise ConfigurationError(f"restart_from={path!r} does not fit: of {len(own)} tensors by their names it {what}.")
