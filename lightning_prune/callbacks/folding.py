@@ -161,15 +161,15 @@ def _moved(network: nn.Module, member: tuple[str, int], seen: _Seen) -> dict[str
         return {}
     if isinstance(module, _ConvNd) and _pads_zeros(module):
         raise _InexactError(f"{layer} pads with zeros")
-    rows = weight.detach()[:, seen.positions.to(weight.device)].double()
-    total = rows.unsqueeze(2).flatten(2).sum(dim=2) @ constants[0].double()
+    rows = weight.detach()[:, seen.positions.to(weight.device)].cpu().double()
+    total = rows.unsqueeze(2).flatten(2).sum(dim=2) @ constants[0].cpu().double()
     if module.bias is not None:
-        return {f"{layer}.bias" if layer else "bias": total.cpu()}
+        return {f"{layer}.bias" if layer else "bias": total}
     if len(seen.norms) != len(constants):
         raise _InexactError(f"{layer} has neither a bias nor a batch norm right behind it")
     buffers = named_tensors(network)
     # a norm without running statistics takes a constant away by itself
-    return {f"{norm}.running_mean": -total.cpu() for norm in set(seen.norms) if f"{norm}.running_mean" in buffers}
+    return {f"{norm}.running_mean": -total for norm in set(seen.norms) if f"{norm}.running_mean" in buffers}
 
 
 def _readable(layer: str, module: nn.Module, member: tuple[str, int]) -> Tensor:
