@@ -23,10 +23,9 @@ from lightning_prune.callbacks.dynamics import (
 from lightning_prune.callbacks.inject import add_to_gradients_, add_to_loss_, quietly, shrink_, uses_loss
 from lightning_prune.callbacks.joining import holders_of, refuse_shared_groups, taking_part
 from lightning_prune.callbacks.questions import Method
-from lightning_prune.callbacks.targets import aim
+from lightning_prune.callbacks.targets import aim, parameters_of
 from lightning_prune.callbacks.watching import PruningCallback, check
 from lightning_prune.errors import ConfigurationError, PlanError
-from lightning_prune.structure.plan import plain_name
 
 __all__ = ["PHASES", "Method", "PruningCallback", "Regulariser", "check"]
 
@@ -290,8 +289,7 @@ class Regulariser(Method):
         self._groups = taking_part(self, graph, self._label)
         others = [other for other in trainer.callbacks if isinstance(other, Regulariser) and other is not self]  # type: ignore[attr-defined]
         refuse_shared_groups(self._groups, [other._groups for other in others])
-        named = graph.model.named_parameters(remove_duplicate=False)
-        self._parameters = {plain_name(name): parameter for name, parameter in named}
+        self._parameters = parameters_of(graph.model)
         self._aim(self._picked or {name: range(group.size) for name, group in self._groups.items()})
         if not self._targets:
             raise ConfigurationError(f"{self._label} finds no parameter to work on in {', '.join(self._groups)}.")

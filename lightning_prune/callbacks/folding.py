@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
-from lightning_prune.callbacks.targets import aim, zero_out_
+from lightning_prune.callbacks.targets import aim, parameters_of, zero_out_
 from lightning_prune.structure import ChannelGroup
-from lightning_prune.structure.plan import layer_of, named_tensors
-from lightning_prune.structure.replica import quiet_room, replica
+from lightning_prune.structure.plan import layer_of, named_tensors, plain_name, submodule
+from lightning_prune.structure.replica import quiet_room, replica, uncompiled
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -89,16 +89,15 @@ def find_fold(
         removal: group name to the channels that go.
         inputs: positional and named arguments of the network.
     """
-    twin = replica(network).eval()
+    twin = uncompiled(replica(network)).eval()
     gone = {name: groups[name] for name in removal}
-    parameters = dict(twin.named_parameters(remove_duplicate=False))
-    zero_out_(aim(removal, gone, lambda group: group.scales, parameters))
+    zero_out_(aim(removal, gone, lambda group: group.scales, parameters_of(twin)))
     reads = {
         name: {member: group.index[member][list(removal[name])].flatten() for member in group.inputs}
         for name, group in gone.items()
     }
     seen = {
-        member: _Seen(twin.get_submodule(layer_of(member[0])), positions)
+        member: _Seen(submodule(twin, layer_of(member[0])), positions)
         for members in reads.values()
         for member, positions in members.items()
     }
@@ -142,8 +141,7 @@ def fold_(
     for name, value in fold.added.items():
         tensors[name].add_(value.to(tensors[name].device, tensors[name].dtype))
     channels = {name: removal[name] for name in fold.groups}
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    zero_out_(aim(channels, groups, lambda group: group.members, parameters))
+    zero_out_(aim(channels, groups, lambda group: group.members, parameters_of(network)))
 
 
 def _moved(network: nn.Module, member: tuple[str, int], seen: _Seen) -> dict[str, Tensor]:
@@ -207,7 +205,7 @@ def _watching(network: nn.Module, records: Sequence[_Seen]) -> Iterator[None]:
             handles.append(record.module.register_forward_hook(record.leave))
     for name, module in network.named_modules():
         if isinstance(module, _NormBase):
-            handles.append(module.register_forward_pre_hook(partial(norm, name)))
+            handles.append(module.register_forward_pre_hook(partial(norm, plain_name(name))))
     try:
         yield
     finally:
@@ -217,7 +215,7 @@ def _watching(network: nn.Module, records: Sequence[_Seen]) -> Iterator[None]:
 
 def _outputs(network: nn.Module, inputs: Inputs) -> list[Tensor]:
     args, kwargs = inputs
-    with quiet_room(), torch.compiler.set_stance("force_eager"):
+    with quiet_room():
         leaves = pytree.tree_leaves(network(*args, **kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 

@@ -108,7 +108,7 @@ def macs_left(
     def count(network: nn.Module) -> int:
         args, kwargs = inputs
         try:
-            return count_cost(getattr(network, "_orig_mod", network), args, kwargs or None).macs
+            return count_cost(network, args, kwargs or None).macs or 0
         except Exception as error:
             first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
             raise ConfigurationError(f"The network's MACs could not be counted ({first}); give a ratio.") from error

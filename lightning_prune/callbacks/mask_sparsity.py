@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal, final
 
 import torch
@@ -22,13 +23,13 @@ from lightning_prune.callbacks.masks import doomed_channels, rounded, scales_of
 from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.callbacks.operation import on_first_rank
 from lightning_prune.callbacks.restart import read_weights, restart_, weights_of
-from lightning_prune.callbacks.targets import Target, aim, zero_out_
+from lightning_prune.callbacks.targets import Target, aim, parameters_of, zero_out_
 from lightning_prune.callbacks.watching import check
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.penalties import masked_l1, soft_threshold_
 from lightning_prune.schedules import MASK_SPARSITY, Dynamics, MaskSparsityStrength
 from lightning_prune.structure.choice import matches
-from lightning_prune.structure.plan import layer_of
+from lightning_prune.structure.plan import layer_of, submodule
 
 HOLD = 0.2
 """Share of a derived masked stage, at its end, in which the scales that will go are exactly zero."""
@@ -164,7 +165,9 @@ class MaskSparsity(Regulariser):
         )
         given = sum(value is not None for value in (ratio, threshold, macs))
         check(given == 1, "Give exactly one of ratio=..., threshold=... and macs=....")
-        check(macs is None or 0 < macs < 1, f"macs={macs} must lie strictly between 0 and 1: the share that is left.")
+        is_share = macs is None or (isinstance(macs, Real) and 0 < macs < 1)
+        check(is_share, f"macs={macs!r} must be a number strictly between 0 and 1: the share that is left.")
+        check(restart_from is None or isinstance(restart_from, str), f"restart_from={restart_from!r} must be a string.")
         check(threshold is None or 0 < threshold < float("inf"), f"threshold={threshold} must be a positive scale.")
         check(threshold is None or not any((ratios or {}).values()), "With threshold=... ratios can only be 0.")
         check(0 <= global_epochs < epochs, f"global_epochs={global_epochs} must lie in [0, {epochs}), below epochs.")
@@ -302,7 +305,8 @@ class MaskSparsity(Regulariser):
         graph = self.capture.graph
         if self.restart_from is None or finished != self.global_epochs or graph is None:
             return
-        self._chosen = self.agreed({name: list(numbers) for name, numbers in self.choose(graph).items()})
+        if not self._picked:
+            self._chosen = self.agreed({name: list(numbers) for name, numbers in self.choose(graph).items()})
         weights = self._given_weights() or self._baseline
         restart_(*self._run(), weights)
         self._baseline = {}
@@ -313,7 +317,7 @@ class MaskSparsity(Regulariser):
         graph, (trainer, _) = self.capture.graph, self._run()
         if graph is None:
             return
-        twins = [twin.get_submodule(self.capture.name or "") for twin in average_models(trainer)]
+        twins = [submodule(twin, self.capture.name or "") for twin in average_models(trainer)]
         zero_out_(self._silent())
         if self.fold_constant and not self._folded:
             self._fold(graph.model, twins)
@@ -367,7 +371,9 @@ class MaskSparsity(Regulariser):
         target, inputs = self.macs, self.capture.inputs
         if target is None or inputs is None:
             raise PlanError(f"{self._label} has seen no batch yet, on which it could count MACs.")
-        own = [name for name, group in self._groups.items() if any(matches(group, key) for key in self.ratios or {})]
+        own = [
+            name for name, group in self._groups.items() if any(matches(graph, group, key) for key in self.ratios or {})
+        ]
         fixed = {name: channels for name, channels in self._doomed(graph, scales).items() if name in own}
         free = {name: scale for name, scale in scales.items() if name not in own}
         found, left = Search(graph, inputs, self._groups, fixed, free, self.group_rule, self.round_to).down_to(target)
@@ -395,8 +401,7 @@ class MaskSparsity(Regulariser):
         if network is None and self._schedule.hold:
             return self._targets
         channels = self._picked if self._schedule.hold else {name: self._picked[name] for name in self._folded}
-        parameters = self._parameters if network is None else dict(network.named_parameters(remove_duplicate=False))
-        return aim(channels, self._groups, self.reach, parameters)
+        return aim(channels, self._groups, self.reach, self._parameters if network is None else parameters_of(network))
 
     def _constants(self, network: nn.Module) -> Fold:
         """How they can be folded: rank 0 decides for all."""

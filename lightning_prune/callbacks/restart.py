@@ -10,7 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.neighbours import average_models
+from lightning_prune.callbacks.targets import parameters_of
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.structure.plan import plain_name
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -34,7 +36,7 @@ def read_weights(path: str, module: nn.Module) -> dict[str, Tensor]:
         first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         raise ConfigurationError(f"restart_from={path!r} is no file of weights that can be read ({first}).") from error
     found = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    weights = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    weights = {plain_name(str(name)): value for name, value in found.items() if isinstance(value, Tensor)}
     own = _tensors(module)
     prefix = _prefix(weights, own, module, path)
     for name, value in weights.items():
@@ -57,7 +59,7 @@ def restart_(trainer: Trainer, pl_module: LightningModule, weights: Mapping[str,
         own = _tensors(module)
         for name, value in weights.items():
             own[name].copy_(value)
-    others = {id(p) for name, p in pl_module.named_parameters(remove_duplicate=False) if name in weights}
+    others = {id(parameter) for name, parameter in parameters_of(pl_module).items() if name in weights}
     for optimizer in trainer.optimizers:
         for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
             if id(parameter) in others:
@@ -65,13 +67,14 @@ def restart_(trainer: Trainer, pl_module: LightningModule, weights: Mapping[str,
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    state = {plain_name(name): value for name, value in module.state_dict().items()}
+    return {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _prefix(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], module: nn.Module, path: str) -> str:
     """The name, with its dot, of the submodule whose weights these are."""
     for name, _ in module.named_modules():
-        prefix = f"{name}." if name else ""
+        prefix = f"{plain_name(name)}." if plain_name(name) else ""
         if weights and set(weights) == {key.removeprefix(prefix) for key in own if key.startswith(prefix)}:
             return prefix
     missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))

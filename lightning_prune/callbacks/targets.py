@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.penalties import slices
 from lightning_prune.structure import ChannelGroup
+from lightning_prune.structure.plan import plain_name
 
 
 class Target:
@@ -56,6 +57,11 @@ def aim(
             known = masks.setdefault(id(parameter), (parameter, {}))[1]
             known[name] = torch.maximum(known[name], mask) if name in known else mask
     return [Target(parameter, masked) for parameter, masked in masks.values()]
+
+
+def parameters_of(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by every name they have, whatever ``torch.compile`` has wrapped."""
+    return {plain_name(name): parameter for name, parameter in network.named_parameters(remove_duplicate=False)}
 
 
 @torch.no_grad()

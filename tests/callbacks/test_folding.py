@@ -266,6 +266,18 @@ def test_the_fold_itself_changes_no_output(optimizer: str) -> None:
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
 
 
+def test_a_compiled_network_is_counted_restarted_and_folded_like_any() -> None:
+    weights = []
+    for compiled in (False, True):
+        net = biased(unpadded)
+        options: dict[str, Any] = {"global_epochs": 1, "restart_from": "baseline", "penalize_bias": False}
+        method = MaskSparsity(macs=0.4, epochs=3, fold_constant=True, **options)
+        run(method, torch.compile(net, backend="eager") if compiled else net)  # type: ignore[arg-type]
+        weights.append([parameter.detach() for parameter in net.parameters()])
+    assert weights[0][0].shape[0] < 8
+    assert all(torch.equal(plain, compiled) for plain, compiled in zip(*weights, strict=True))
+
+
 def test_what_nobody_reads_stays_zero_until_a_late_surgery() -> None:
     outputs = Outputs()
     method = MaskSparsity(0.5, epochs=2, penalize_bias=False, fold_constant=True)

@@ -155,7 +155,8 @@ def test_ranks_are_one_order_over_all_layers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"macs": 0.0}, "macs=0.0 must lie strictly between 0 and 1"),
+        ({"macs": 0.0}, r"macs=0\.0 must be a number strictly between 0 and 1"),
+        ({"macs": "0.5"}, r"macs='0\.5'"),
         ({"macs": 1.0}, "macs=1.0"),
         ({"macs": float("nan")}, "macs=nan"),
         ({"macs": 0.5, "ratio": 0.5}, "exactly one of ratio=..., threshold=... and macs="),
