@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.checkpointing import load_from_checkpoint
+from lightning_prune.callbacks.loading import LoadPruned
 from lightning_prune.callbacks.mask_sparsity import MaskSparsity, MaskStage
 from lightning_prune.callbacks.masks import doomed_channels, vote
 from lightning_prune.callbacks.structural import StructuralPruning
@@ -358,6 +359,17 @@ def test_a_second_run_on_the_slim_module_prunes_further(tmp_path: Path) -> None:
     prune_(fresh, plans[0])
     load_slim(tmp_path / "slim.safetensors", fresh)
     assert torch.equal(fresh.net(images), outputs)
+
+
+def test_a_second_pass_sets_out_from_a_slim_file(tmp_path: Path) -> None:
+    loader, costs = image_loader(6), []
+    for callbacks in ([], [LoadPruned(tmp_path / "slim.safetensors")]):
+        module, pruning = Classifier(net(16)), StructuralPruning(latency_batches=(), report_file=None)
+        trainer(*callbacks, MaskSparsity(macs=0.5, epochs=2), pruning, max_epochs=3).fit(module, loader)
+        assert pruning.report is not None and pruning.plan is not None
+        costs += [pruning.report.cost_before.macs, pruning.report.cost_after.macs]
+        save_slim(module, tmp_path / "slim.safetensors", pruning.plan)
+    assert costs[2] == costs[1] <= 0.5 * costs[0] and costs[3] <= 0.5 * costs[2]
 
 
 # The door.
