@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.errors import PlanError
 from lightning_prune.structure import PruningPlan, prune_
-from lightning_prune.structure.plan import plain_name, submodule
+from lightning_prune.structure.plan import named_tensors, plain_name, submodule
 
 KEY = "lightning_prune"
 VERSION = 1
@@ -83,8 +83,16 @@ def adapt_(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         misfit = _first_misfit(pl_module, checkpoint, missing)
         if misfit is not None:
             raise PlanError(_misfit_message(misfit, "slim" if recorded else "dense"))
+        _lengths(pl_module, recorded)
         for entry in missing:
             _apply_(pl_module, entry)
+    else:
+        for (name, dim), (length, own) in _lengths(pl_module, recorded).items():
+            if length != own:
+                raise PlanError(
+                    f"The checkpoint's {KEY!r} entry leaves length {length} along dim {dim} of {name!r}, but module and"
+                    f" weights have {own}."
+                )
     if recorded:
         vars(pl_module)[_MEMORY] = recorded
 
@@ -178,6 +186,26 @@ def _apply_(pl_module: LightningModule, entry: AppliedPlan) -> None:
     averages = () if trainer is None else tuple(average_models(trainer))
     for module in (pl_module, *averages):
         prune_(submodule(module, entry.module), entry.plan)
+
+
+def _lengths(pl_module: LightningModule, plans: tuple[AppliedPlan, ...]) -> dict[tuple[str, int], tuple[int, int]]:
+    """What the plans leave along every dim that they cut, and what the module has there now.
+
+    Raises:
+        PlanError: the module has no such tensor.
+    """
+    lengths = {}
+    for entry in plans:
+        try:
+            tensors = named_tensors(submodule(pl_module, entry.module))
+        except AttributeError:
+            raise PlanError(f"The checkpoint's plan cuts {entry.module!r}, which this module does not have.") from None
+        for (name, dim), kept in entry.plan.kept.items():
+            whole = f"{entry.module}.{name}" if entry.module else name
+            if name not in tensors or dim >= tensors[name].dim():
+                raise PlanError(f"The checkpoint's plan cuts dim {dim} of {whole!r}, which this module does not have.")
+            lengths[whole, dim] = len(kept), tensors[name].shape[dim]
+    return lengths
 
 
 class _Misfit(NamedTuple):

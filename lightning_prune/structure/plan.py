@@ -174,8 +174,9 @@ class PruningPlan:
         """
         try:
             whole = json.loads(text)
-            if whole["version"] != VERSION:
+            if type(whole["version"]) is not int or whole["version"] != VERSION:
                 raise PlanError(f"This plan has version {whole['version']!r}; this library reads version {VERSION}.")
+            _check_kinds(whole)
             entries = [(name, int(dim), cut) for name, cuts in whole["tensors"].items() for dim, cut in cuts.items()]
             kept = {(name, dim): tuple(cut["kept"]) for name, dim, cut in entries}
             sizes = {(name, dim): cut["size"] for name, dim, cut in entries}
@@ -196,6 +197,23 @@ class PruningPlan:
         rows = self.widths()
         wide = max(map(len, rows), default=0)
         return "\n".join(f"{layer:<{wide}}  {before} -> {after}" for layer, (before, after) in rows.items())
+
+
+#: What the parts of a plan's JSON are.
+_KINDS = {"signature": str, "tensors": dict, "outputs": list, "numbers": dict, "renormalised": list}
+_KINDS |= {"merged": list, "summed": list}
+
+
+def _check_kinds(whole: Mapping[str, Any]) -> None:
+    for name, kind in _KINDS.items():
+        if not isinstance(whole[name], kind):
+            raise PlanError(f"The {name!r} of a pruning plan must be a {kind.__name__}, not {whole[name]!r}.")
+    for name, number in whole["numbers"].items():
+        if type(number) is not int:
+            raise PlanError(f"The number {name!r} of a pruning plan must be whole, not {number!r}.")
+    for name in whole["renormalised"]:
+        if not isinstance(name, str):
+            raise PlanError(f"The layers that a pruning plan renormalises must be names, not {name!r}.")
 
 
 def _check(member: Member, positions: Sequence[int], size: int) -> None:

@@ -1,4 +1,4 @@
-"""Two ranks decide alike, stay equal, and train as one rank does with the same global batch."""
+"""Several ranks decide alike, stay equal, and train as one rank does with the same global batch."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return launch(tmp_path_factory.mktemp("alone"), "auto", 1)[0]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
-def test_two_ranks_are_one(strategy: str, alone: dict[str, Any], tmp_path: Path) -> None:
-    first, second = launch(tmp_path, strategy, 2)
-    assert first["picked"] == second["picked"] == alone["picked"]
-    assert first["stopped"] == second["stopped"] == alone["stopped"] != {}
-    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+@pytest.mark.parametrize(
+    ("strategy", "devices"), [("ddp", 2), ("ddp_find_unused_parameters_true", 2), ("ddp", 4)], ids=str
+)
+def test_several_ranks_are_one(strategy: str, devices: int, alone: dict[str, Any], tmp_path: Path) -> None:
+    first, *others = launch(tmp_path, strategy, devices)
+    assert first["picked"] == alone["picked"]
+    assert first["stopped"] == alone["stopped"] != {}
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first["weights"], alone["weights"], strict=True))
+    for other in others:
+        assert (other["picked"], other["stopped"]) == (first["picked"], first["stopped"])
+        assert all(torch.equal(a, b) for a, b in zip(first["weights"], other["weights"], strict=True))
