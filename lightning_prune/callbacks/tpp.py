@@ -41,7 +41,7 @@ class TPP(Growing):
         reduction: of the decorrelation: ``"mean"`` over the Gram matrix, which produced the published numbers, or
             ``"sum"``.
         gram: :math:`g`, what the decorrelation's strength is multiplied with; ``None`` leaves it to the schedule, and
-            with ``epochs`` lowers it as far as learning rate times steepness asks for; 0 is no decorrelation.
+            with ``epochs`` lowers it until it is as steep as the other penalty; 0 is no decorrelation.
         coupled: penalise also what the next layers read from the channels that will go; ``False`` is the published
             form, in which networks without normalisation make up for what shrinks.
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
@@ -62,6 +62,7 @@ class TPP(Growing):
     """
 
     schedule_type = TPPSchedule
+    needs = "weights that produce its channels"
 
     _aimed: list[Target] | None
     _shrinking: list[nn.Parameter]
@@ -70,7 +71,6 @@ class TPP(Growing):
     _zeros: list[Target]
     _zeroed: int
     _factor: float
-    _steepest: float | None
 
     def __init__(
         self,
@@ -110,29 +110,27 @@ class TPP(Growing):
 
     def derive(self, steps: int, dynamics: Dynamics) -> TPPSchedule:
         """See :meth:`~lightning_prune.schedules.TPPSchedule.derive`."""
-        return TPPSchedule.derive(steps, dynamics, layers=max(1, len(self._groups)))
+        return TPPSchedule.derive(steps, dynamics, max(1, len(self._groups)), self._steepness())
+
+    def suits(self, group: structure.ChannelGroup) -> bool:
+        """There must be filters to decorrelate."""
+        return bool(group.outputs)
 
     def reach(self, group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
         """What produces a channel and scales it; coupled: what reads it, too."""
-        read = () if self.coupled or not group.outputs else group.inputs
+        read = () if self.coupled else group.inputs
         return [member for member in group.members if member not in read]
 
     def update(self, step: int) -> None:
         """Set the strength, and see what there is to penalise where that has changed."""
-        share = self.learning_rate_share()
-        self._strength = self._schedule.strength(step) / share
+        self._strength = self._schedule.strength(step) / self.learning_rate_share()
         if self._aimed is not self._targets:
             self._aimed = self._targets
             aimed = [target for target in self._targets if target.parameter.requires_grad]
             self._shrinking = [target.parameter for target in aimed]
             self._masks = [target.union() for target in aimed]
             self._filters = self._find_filters()
-        if self._steepest is None and self._filters:
-            self._steepest = self._steepness()
-        factor = self._strength * (self._schedule.gram if self.gram is None else self.gram)
-        if self.gram is None and self.epochs is not None and self._steepest and self._learning_rate is not None:
-            factor = min(factor, 0.5 / (self._steepest * self._learning_rate * share))
-        self._factor = factor
+        self._factor = self._strength * (self._schedule.gram if self.gram is None else self.gram)
 
     def penalty(self) -> Penalty | None:
         """Half the squared weights of what goes, and the decorrelation of its filters."""
@@ -166,26 +164,16 @@ class TPP(Growing):
             self._zeroed = layers
         zero_out_(self._zeros)
 
-    def _steepness(self) -> float:
-        r"""Of the steepest layer at the pick: :math:`4 \lVert W \rVert_2^2 / N^2`, without the second for a sum."""
+    def _steepness(self) -> float | None:
+        r"""Of the steepest layer as it is now: :math:`4 \lVert W \rVert_2^2 / N^2`, without the divisor for a sum."""
         found = []
-        for parameter, dim, _ in self._filters:
-            weight = parameter.detach().movedim(dim, 0).flatten(1).float()
-            count = weight.shape[0] ** 2 if self.reduction == "mean" else 1
-            found.append(4 * torch.linalg.matrix_norm(weight, ord=2).square() / count)
-        return self.agreed(float(torch.stack(found).max()))
-
-    def memory(self) -> dict[str, Any]:
-        """How steep the decorrelation was at the pick."""
-        return {"steepest": self._steepest}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        """Take over what :meth:`memory` had saved."""
-        self._steepest = memory["steepest"]
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._steepest = None
+        for name, dim in {member for group in self._groups.values() for member in group.outputs}:
+            parameter = self._parameters.get(name)
+            if parameter is not None and parameter.dim() > 1:
+                weight = parameter.detach().movedim(dim, 0).flatten(1).float()
+                count = weight.shape[0] ** 2 if self.reduction == "mean" else 1
+                found.append(4 * torch.linalg.matrix_norm(weight, ord=2).square() / count)
+        return self.agreed(float(torch.stack(found).max())) if found else None
 
     def _find_filters(self) -> list[tuple[nn.Parameter, int, Tensor]]:
         """Every weight that produces picked channels, the dim of its filters, and which of them go."""

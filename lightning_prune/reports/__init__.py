@@ -4,5 +4,14 @@ from lightning_prune.reports.cost import Cost, count_cost
 from lightning_prune.reports.latency import Latency, measure_latency
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.reports.tables import surgery_table
+from lightning_prune.reports.trainability import mean_jacobian_singular_value
 
-__all__ = ["Cost", "Latency", "PruningReport", "count_cost", "measure_latency", "surgery_table"]
+__all__ = [
+    "Cost",
+    "Latency",
+    "PruningReport",
+    "count_cost",
+    "mean_jacobian_singular_value",
+    "measure_latency",
+    "surgery_table",
+]

@@ -83,10 +83,20 @@ def growth_events(growing: int) -> tuple[int, int]:
     return max(1, growing // every), every
 
 
-def find_ceiling(dynamics: Dynamics, exponent: Callable[[float], float]) -> float:
-    """The smallest ceiling from the usual one on that reaches the wanted exponent, or nearly the best there is."""
-    low, high = dynamics.usual, dynamics.strongest
-    wanted = min(EXPONENT, 0.95 * exponent(high))
+def find_ceiling(
+    dynamics: Dynamics, exponent: Callable[[float], float], *, wanted: float = EXPONENT, least: float | None = None
+) -> float:
+    """The smallest ceiling that reaches the wanted exponent, or nearly the best there is.
+
+    Args:
+        dynamics: of the optimiser; no ceiling is larger than its :attr:`Dynamics.strongest`.
+        exponent: what a ceiling leads to.
+        wanted: the exponent.
+        least: the smallest ceiling to consider; ``None`` means the usual one.
+    """
+    high = dynamics.strongest
+    low = dynamics.usual if least is None else min(least, high)
+    wanted = min(wanted, 0.95 * exponent(high))
     if exponent(low) >= wanted:
         return low
     for _ in range(40):

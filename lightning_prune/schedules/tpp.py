@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from lightning_prune.schedules.dynamics import Dynamics, check, check_finite, find_ceiling, growth_events
 
+WANTED = 12.0
+"""The exponent that a derived schedule aims at: what is left is set to zero anyway."""
+
+LEAST = 0.05
+"""The smallest ceiling of a derived schedule: far above any usual weight decay, so that no channel resists it."""
+
 
 @dataclass(frozen=True)
 class TPPSchedule:
@@ -93,32 +99,46 @@ class TPPSchedule:
         return growing + dynamics.rate(self.ceiling) * (self.hold + 1)
 
     @classmethod
-    def derive(cls, steps: int, dynamics: Dynamics, layers: int = 1) -> TPPSchedule:
+    def derive(
+        cls, steps: int, dynamics: Dynamics, layers: int = 1, steepness: float | None = None
+    ) -> TPPSchedule:
         r"""The schedule that lets channels collapse in so many optimiser steps: two thirds growth, one third hold.
 
-        The ceiling follows the rule of :meth:`GReg1Schedule.derive`. All layers are zero after half of the hold. The
-        decorrelation keeps its published product with the learning rate, 1000 times 1e-3, beyond which it would
-        overshoot.
+        The ceiling is the smallest that shrinks a weight to exp(-12) of itself, but at least 0.05: the zeros do the
+        rest, and the slower the channels go the more of what they did can move to those that stay. (A stronger penalty
+        is faster than the gradient by which it moves, and what the loss cares about least is lost for good.) Adaptive
+        optimisers push back however small the gradient, so there the ceiling is at least 0.2 over the learning rate.
+        All layers are zero after half of the hold.
+
+        The decorrelation pulls at filters that stay, too, in proportion to what is left of those that go. While those
+        vanish under their own penalty it shrinks them by half its steepness over that of the penalty in all, as an
+        exponent and however long the stage. So it is at most as steep as the penalty itself, which also keeps it from
+        overshooting with any optimiser.
 
         Args:
             steps: optimiser steps of the whole sparse stage, at least 2.
             dynamics: of the optimiser at hand.
             layers: how many layers take part.
+            steepness: largest second derivative of the decorrelation alone, :math:`4 \lVert W \rVert_2^2 / N^2` of the
+                steepest layer, without the divisor where it is summed; ``None`` leaves the published factor.
 
-        >>> schedule = TPPSchedule.derive(600, Dynamics(0.05, momentum=0.9), layers=10)
-        >>> schedule.last_event, schedule.length, schedule.ceiling, schedule.gram, schedule.zero_every
-        (400, 600, 1.0, 20.0, 9)
+        >>> schedule = TPPSchedule.derive(600, Dynamics(0.05, momentum=0.9), layers=10, steepness=0.02)
+        >>> schedule.last_event, schedule.length, round(schedule.ceiling, 3), schedule.gram, schedule.zero_every
+        (400, 600, 0.06, 50.0, 9)
         """
         check(steps >= 2, f"TPP needs at least 2 optimiser steps, not {steps}.")
         events, every = growth_events(max(1, round(steps * 2 / 3)))
         hold = steps - 1 - events * every
-        gram = min(cls.gram, 1.0 / dynamics.learning_rate)
+        gram = min(cls.gram, 1.0 / steepness) if steepness else cls.gram
         zero_every = max(1, hold // (2 * max(1, layers)))
 
         def schedule(ceiling: float) -> TPPSchedule:
             return cls(ceiling / events, ceiling, every, hold, gram=gram, zero_every=zero_every)
 
-        return schedule(find_ceiling(dynamics, lambda ceiling: schedule(ceiling).exponent(dynamics)))
+        least = dynamics.usual if dynamics.decoupled else LEAST
+        return schedule(
+            find_ceiling(dynamics, lambda ceiling: schedule(ceiling).exponent(dynamics), wanted=WANTED, least=least)
+        )
 
 
 TPP_CIFAR = TPPSchedule()
