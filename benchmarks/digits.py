@@ -1,4 +1,4 @@
-"""Accuracy on scikit-learn's digits: GReg coupled and as published, and plain L1 with the same number of epochs.
+"""Accuracy on scikit-learn's digits: GReg and TPP coupled and as published, and two forms of plain L1 for as long.
 
 python benchmarks/digits.py                     all rows; each number is the mean (and the worst) of three seeds
 python benchmarks/digits.py l1 greg1-coupled    some of them
@@ -17,15 +17,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from rich.console import Console
 from rich.table import Table
 
-from lightning_prune import GReg1, GReg2, StructuralPruning, choose, prune_, trace
+from lightning_prune import TPP, GReg1, GReg2, Magnitude, StructuralPruning, choose, prune_, trace
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from classifier import Classifier
 from data import Digits
 
 EPOCHS, RATIO, SEEDS = 12, 0.6, (0, 1, 2)
-METHODS = {"greg1": GReg1, "greg2": GReg2}
-ROWS = ("l1", "greg1-coupled", "greg1-published", "greg2-coupled", "greg2-published")
+METHODS = {"greg1": GReg1, "greg2": GReg2, "magnitude": Magnitude, "tpp": TPP}
+ROWS = (
+    *("l1", "magnitude", "greg1-coupled", "greg1-published", "greg2-coupled", "greg2-published"),
+    *("tpp-coupled", "tpp-published"),
+)
 COLUMNS = ("dense", "before surgery", "after surgery", "finetuned")
 
 
@@ -56,10 +59,11 @@ def plain_l1(model: LightningModule) -> list[float]:
     return [*accuracies, float(trainer.callback_metrics["val_acc"])]
 
 
-def growing(model: LightningModule, row: str) -> list[float]:
-    """Dense epochs, as many of growing regularisation, surgery, as many to finetune."""
-    name, form = row.split("-")
-    regulariser = METHODS[name](RATIO, start=EPOCHS, epochs=EPOCHS, coupled=form == "coupled")
+def in_one_fit(model: LightningModule, row: str) -> list[float]:
+    """Dense epochs, as many of the method's stage, surgery, as many to finetune."""
+    name, _, form = row.partition("-")
+    own = {"coupled": form == "coupled"} if form else {}
+    regulariser = METHODS[name](RATIO, start=EPOCHS, epochs=EPOCHS, **own)
     pruning = StructuralPruning(monitor="val_acc", latency_batches=(), report_file=None)
     trainer_of(3 * EPOCHS, regulariser, pruning).fit(model, Digits())
     accuracy = pruning.report.accuracy if pruning.report is not None else {}
@@ -82,7 +86,7 @@ def main() -> None:
             for seed in SEEDS:
                 seed_everything(seed, verbose=False)
                 model = Classifier(optimizer=optimizer, cycle=EPOCHS)
-                runs.append(plain_l1(model) if row == "l1" else growing(model, row))
+                runs.append(plain_l1(model) if row == "l1" else in_one_fit(model, row))
             stages = [[100 * value for value in stage] for stage in zip(*runs, strict=True)]
             table.add_row(row, optimizer, *(f"{statistics.mean(stage):.1f} ({min(stage):.1f})" for stage in stages))
     Console(width=110).print(table)

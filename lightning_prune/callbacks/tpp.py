@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class TPP(Growing):
     """
 
     schedule_type = TPPSchedule
-    needs = "weights that produce its channels"
+    needs = "weights that produce channels"
 
     _aimed: list[Target] | None
     _shrinking: list[nn.Parameter]

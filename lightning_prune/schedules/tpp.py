@@ -99,9 +99,7 @@ class TPPSchedule:
         return growing + dynamics.rate(self.ceiling) * (self.hold + 1)
 
     @classmethod
-    def derive(
-        cls, steps: int, dynamics: Dynamics, layers: int = 1, steepness: float | None = None
-    ) -> TPPSchedule:
+    def derive(cls, steps: int, dynamics: Dynamics, layers: int = 1, steepness: float | None = None) -> TPPSchedule:
         r"""The schedule that lets channels collapse in so many optimiser steps: two thirds growth, one third hold.
 
         The ceiling is the smallest that shrinks a weight to exp(-12) of itself, but at least 0.05: the zeros do the

@@ -195,15 +195,53 @@ def test_layers_are_zeroed_one_after_the_other() -> None:
 @pytest.mark.parametrize("steps", [2, 3, 10, 187, 2_000, 110_000])
 @pytest.mark.parametrize("dynamics", [Dynamics(0.05, 0.9), Dynamics(1e-3, decoupled=True), Dynamics(1e-3, 0.9)])
 def test_a_derived_schedule_is_as_long_as_asked(steps: int, dynamics: Dynamics) -> None:
-    schedule = TPPSchedule.derive(steps, dynamics, layers=7)
+    schedule = TPPSchedule.derive(steps, dynamics, layers=7, steepness=0.02)
     assert schedule.length == steps
     assert schedule.events <= 2001
     assert schedule.strength(steps - 1) == schedule.ceiling <= dynamics.strongest
     assert schedule.zeroed(steps - 1, 7) == 7
-    assert schedule.gram * dynamics.learning_rate <= 1.0
     if steps >= 500:
         assert schedule.exponent(dynamics) > 10
         assert schedule.zeroed(schedule.last_event + schedule.hold // 2, 7) == 7
+
+
+@pytest.mark.parametrize("dynamics", [Dynamics(0.05, 0.9), Dynamics(1e-3, 0.9), Dynamics(0.03, 0.9)])
+def test_a_derived_ceiling_is_no_higher_than_it_has_to_be(dynamics: Dynamics) -> None:
+    schedules = [TPPSchedule.derive(steps, dynamics) for steps in (300, 600, 1_200, 2_400, 200_000)]
+    assert [one.ceiling for one in schedules] == sorted((one.ceiling for one in schedules), reverse=True)
+    assert all(
+        one.exponent(dynamics) == pytest.approx(12, rel=1e-3) or (one.ceiling == 0.05 and one.exponent(dynamics) > 12)
+        for one in schedules[1:]
+    )
+    assert schedules[-1].ceiling == 0.05
+
+
+def test_adaptive_optimisers_get_a_ceiling_that_they_cannot_resist() -> None:
+    dynamics = Dynamics(1e-3, decoupled=True)
+    assert [TPPSchedule.derive(steps, dynamics).ceiling for steps in (600, 200_000)] == [200.0, 200.0]
+
+
+@pytest.mark.parametrize("dynamics", [Dynamics(0.05, 0.9), Dynamics(1e-3, decoupled=True)])
+@pytest.mark.parametrize("steepness", [1e-6, 0.02, 40.0])
+def test_the_decorrelation_is_no_steeper_than_the_penalty(dynamics: Dynamics, steepness: float) -> None:
+    schedule = TPPSchedule.derive(600, dynamics, steepness=steepness)
+    assert schedule.gram == pytest.approx(min(1000.0, 1 / steepness))
+    pull = dynamics.learning_rate * schedule.ceiling * schedule.gram * steepness
+    assert pull <= 0.5 * (1 + 1e-9)  # so that no step overshoots
+    assert TPPSchedule.derive(600, dynamics).gram == 1000
+
+
+def test_what_stays_shrinks_by_half_the_steepness_however_long_the_stage() -> None:
+    """A filter along one that goes: its logarithm falls by half the factor times the steepness, and no further."""
+    for ceiling, steps in ((0.1, 4_000), (0.4, 1_000), (0.02, 20_000)):
+        weight = torch.tensor([[1.0, 0.0], [1e-3, 0.0]], dtype=torch.float64)
+        for step in range(steps):
+            _, (pull,) = gram_decorrelation([weight], [torch.tensor([0])], strength=ceiling * step / steps)
+            pull[0] = ceiling * step / steps * weight[0]  # alone with the penalty
+            weight -= 0.05 * pull
+        assert weight[0].norm() < 1e-4
+        # steepness 4 / N^2 = 1
+        assert -(weight[1, 0] / 1e-3).log().item() == pytest.approx(0.5, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def by_autograd(model: nn.Module, inputs: Tensor) -> float:
 
 
 def linear(*widths: int) -> nn.Sequential:
-    return nn.Sequential(*[nn.Linear(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]).double()
+    return nn.Sequential(*[nn.Linear(*pair) for pair in pairwise(widths)]).double()
 
 
 def test_of_a_linear_network_it_is_that_of_the_product_of_the_weights() -> None:
