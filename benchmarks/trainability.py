@@ -13,6 +13,7 @@ pass. One CPU thread; mean and standard deviation over the seeds, last epochs, n
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import platform
@@ -21,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -160,7 +162,8 @@ def run(row: str, seed: int, epochs: int, learning_rate: float) -> dict[str, Any
         num_sanity_val_steps=0,
     )
     start = time.perf_counter()
-    trainer.fit(LinearMLP(learning_rate, epochs), Digits())
+    with redirect_stdout(io.StringIO()):  # twenty tables of what surgery did
+        trainer.fit(LinearMLP(learning_rate, epochs), Digits())
     return {
         "seed": seed,
         "mean_jacobian_singular_value": look.value,
