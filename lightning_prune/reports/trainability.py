@@ -79,9 +79,7 @@ def _mean_values(samples: Tensor, jacobians: Callable[[Tensor], Tensor], chunk: 
         found = jacobians(part).detach()
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         if not bool(found.isfinite().all()):
-            raise ConfigurationError(
-                "A derivative of the output is not finite, so there are no singular values."
-            )
+            raise ConfigurationError("A derivative of the output is not finite, so there are no singular values.")
         means.append(torch.linalg.svdvals(found).mean(dim=1))
     return torch.cat(means).mean()
 
