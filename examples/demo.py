@@ -2,6 +2,7 @@
 
 python examples/demo.py
 python examples/demo.py --optimizer adamw --method greg2
+python examples/demo.py --devices 2
 python examples/demo.py --data cifar10 --root DIR --epochs 30
 """
 
@@ -59,6 +60,7 @@ def arguments() -> argparse.Namespace:
         "--coupled", action=argparse.BooleanOptionalAction, default=True, help="of GReg: see docs/methods/greg.md"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--devices", type=int, default=1, help="processes that share each batch (DDP)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; networks this small gain little from more")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the report and the slim file")
     parser.add_argument("--evaluate", type=Path, metavar="FILE", help="only load a slim file and say its accuracy")
@@ -81,7 +83,7 @@ class Diary(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Which epoch, which phase, how good."""
-        if not trainer.sanity_checking:
+        if trainer.is_global_zero and not trainer.sanity_checking:
             is_first = self.pruning.plan is not None and not self.is_slim
             self.is_slim |= is_first
             when = "right after surgery" if is_first else f"epoch {trainer.current_epoch + 1:2d}  {self.phase:<9}"
@@ -93,9 +95,11 @@ class Diary(Callback):
         return {"wait": "dense", "done": "finetune"}.get(self.regulariser.phase, self.regulariser.phase)
 
 
-def data_for(name: str, root: str) -> LightningDataModule:
-    """The data of that name."""
-    return Digits() if name == "digits" else CIFAR10(root)
+def data_for(name: str, root: str, devices: int = 1) -> LightningDataModule:
+    """The data of that name; every device takes its share of a batch."""
+    data = Digits() if name == "digits" else CIFAR10(root)
+    data.batch_size //= devices
+    return data
 
 
 def accuracy_of(model: LightningModule, data: LightningDataModule) -> float:
@@ -145,10 +149,16 @@ def main() -> None:
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
         num_sanity_val_steps=0,
+        devices=args.devices if args.devices > 1 else "auto",
+        strategy="ddp" if args.devices > 1 else "auto",
     )
     start = time.perf_counter()
-    trainer.fit(model, data_for(args.data, args.root))
+    trainer.fit(model, data_for(args.data, args.root, args.devices))
     seconds = time.perf_counter() - start
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # what follows is done by one process
+    if not trainer.is_global_zero:
+        return
     if pruning.plan is None or pruning.report is None:
         raise SystemExit("Nothing was pruned.")
 

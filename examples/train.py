@@ -3,6 +3,7 @@
 python examples/train.py fit -c examples/configs/base.yaml
 python examples/train.py fit -c examples/configs/base.yaml -c examples/configs/greg1.yaml
 python examples/train.py fit -c examples/configs/base.yaml -c examples/configs/greg1.yaml --model.optimizer adamw
+python examples/train.py fit -c examples/configs/base.yaml -c examples/configs/ddp.yaml
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class CLI(LightningCLI):
         """Save what is left."""
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         for callback in self.trainer.callbacks:
-            if isinstance(callback, StructuralPruning) and callback.plan is not None:
+            is_done = isinstance(callback, StructuralPruning) and callback.plan is not None
+            if is_done and self.trainer.is_global_zero:
                 save_slim(self.model, folder / "slim.safetensors", callback.plan)
 
 

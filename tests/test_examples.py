@@ -70,6 +70,7 @@ def test_every_config_is_known() -> None:
     assert [path.name for path in CONFIGS] == [
         "ascp.yaml",
         "base.yaml",
+        "ddp.yaml",
         "greg1.yaml",
         "greg2.yaml",
         "magnitude.yaml",
@@ -84,6 +85,21 @@ def test_every_config_runs(config: Path, tmp_path: Path) -> None:
     run("train.py", "fit", *files, *SHORT, f"--trainer.logger.save_dir={tmp_path}")
     written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert ({"slim.safetensors", "prune_report.json"} <= written) == (config.stem != "base")
+
+
+def test_a_slim_file_begins_another_run(tmp_path: Path) -> None:
+    base, greg1 = (["-c", EXAMPLES / "configs" / f"{name}.yaml"] for name in ("base", "greg1"))
+    run("train.py", "fit", *base, *greg1, *SHORT, f"--trainer.logger.save_dir={tmp_path}")
+    (path,) = tmp_path.rglob("slim.safetensors")
+    second = ["--trainer.callbacks+=lightning_prune.LoadPruned", f"--trainer.callbacks.path={path}"]
+    run("train.py", "fit", *base, *second, *SHORT, "--trainer.max_epochs=1", f"--trainer.logger.save_dir={tmp_path}")
+
+
+def test_the_demo_on_two_processes(tmp_path: Path) -> None:
+    """Half of each batch for either; the table is that of the first one."""
+    report, accuracy = demo(tmp_path, "--epochs", "3", "--devices", "2")
+    assert len(report["layers"]) == 4
+    assert accuracy["finetuned"] > 0.9
 
 
 def test_the_callbacks_fit_on_the_command_line(tmp_path: Path) -> None:

@@ -416,14 +416,13 @@ class TwoBlocks(Task):
 
 
 def two_pickers(first: list[str], second: list[str]) -> tuple[Trainer, StructuralPruning]:
-    surgery = surgeon()
+    surgery = surgeon(report_file=None)
     pickers = Picker(epochs=1, ignore=first), Picker(0.25, epochs=2, ignore=second)
     return quiet_trainer(pickers[0], surgery, pickers[1], max_epochs=3), surgery
 
 
 def test_two_regularisers_of_one_class_make_one_plan(tmp_path: Path) -> None:
     trainer, surgery = two_pickers(["2*"], ["1*"])
-    surgery.report_file = None
     trainer.fit(seeded(TwoBlocks), image_loader(BATCHES), image_loader(2))
     assert surgery.plan is not None
     assert surgery.plan.widths() == {"net.1.conv1": (8, 4), "net.2.conv1": (8, 6)}
