@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.ascp import ASCP
@@ -118,6 +119,46 @@ def unpadded() -> nn.Module:
     return net
 
 
+def singly(kept: float = 0.0) -> Formula:
+    """Half the squares of the single weights that go, and of the others with a strength of their own."""
+
+    def formula(net: nn.Module, removal: Mapping[str, Sequence[int]], strength: float) -> Tensor:
+        value = torch.zeros((), dtype=next(net.parameters()).dtype)
+        for layer, gone in removal.items():
+            squares = net.get_submodule(layer).weight.flatten() ** 2
+            goes = torch.zeros(len(squares), dtype=squares.dtype)
+            goes[list(gone)] = 1
+            value = value + (strength / 2 * goes * squares + kept / 2 * (1 - goes) * squares).sum()
+        return value
+
+    return formula
+
+
+def with_frozen_head() -> nn.Module:
+    """Its single weights can go in the layers "0" and "3" only."""
+    net = conv_net()
+    net[8].requires_grad_(False)  # type: ignore[index]
+    return net
+
+
+def widths(net: Any) -> list[float]:
+    """Share of the channels that is left, in what "0" and "3" produce and in what reads it."""
+    return [count / 8 for count in (net[0].out_channels, net[3].out_channels, net[3].in_channels, net[8].in_features)]
+
+
+def densities(net: Any) -> list[float]:
+    """Share of the weights of "0" and "3" that isn't zero."""
+    return [float((net[layer].weight != 0).float().mean()) for layer in (0, 3)]
+
+
+class StillZero(Callback):
+    """The finetune stage of single weights, restated: what is zero gets no gradient."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        for layer in (pl_module.net[0], pl_module.net[3]):
+            layer.weight.grad[layer.weight == 0] = 0
+
+
 @dataclass(frozen=True)
 class Setting:
     """A method and what it promises.
@@ -128,6 +169,8 @@ class Setting:
         formula: what it adds to the loss in the middle of the stage; ``None`` for nothing.
         exact: whether surgery changes no output, in eval and train mode, after any stage however short.
         net: builds a network of 8 channels in the layers "0" and "3" that suits it.
+        left: what is left of each layer after surgery, as shares.
+        finetune: callbacks that make plain training what the finetune stage is.
     """
 
     method: type[Regulariser]
@@ -135,6 +178,8 @@ class Setting:
     formula: Formula | None = None
     exact: bool = False
     net: Callable[[], nn.Module] = conv_net
+    left: Callable[[nn.Module], list[float]] = widths
+    finetune: tuple[Callable[[], Callback], ...] = ()
 
     def build(self, **changes: Any) -> Any:
         """A new callback."""
@@ -150,6 +195,8 @@ PUBLISHED = rows({"0": ("0.weight", "0.bias", "1.weight", "1.bias"), "3": ("3.we
 LATE = ASCPSchedule(EPOCHS, "linear", interval=EPOCHS)
 ALL_AT_ONCE = ASCPSchedule(EPOCHS, "const", freeze_after=0.3)
 
+SINGLE: dict[str, Any] = {"net": with_frozen_head, "left": densities, "finetune": (StillZero,)}
+
 SETTINGS = {
     "ascp": Setting(ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5}, apart, exact=True),
     "ascp, centripetal": Setting(
@@ -158,9 +205,12 @@ SETTINGS = {
     "ascp without a pull": Setting(ASCP, {"schedule": LATE, "cluster": "ward"}, exact=True),
     "greg1": Setting(GReg1, {"schedule": GROWTH1}, everything),
     "greg1 as published": Setting(GReg1, {"schedule": GROWTH1, "coupled": False}, FILTERS),
+    "greg1 on weights": Setting(GReg1, {"schedule": GROWTH1, "granularity": "weight"}, singly(), **SINGLE),
     "greg2": Setting(GReg2, {"schedule": GROWTH2}, with_kept(-0.01)),
+    "greg2 on weights": Setting(GReg2, {"schedule": GROWTH2, "granularity": "weight"}, singly(-0.01), **SINGLE),
     "magnitude": Setting(Magnitude, {"epochs": EPOCHS}),
     "magnitude in steps": Setting(Magnitude, {"epochs": EPOCHS, "steps": 3, "score": "l2"}),
+    "magnitude on weights": Setting(Magnitude, {"epochs": EPOCHS, "steps": 3, "granularity": "weight"}, **SINGLE),
     "mask_sparsity": Setting(MaskSparsity, {"epochs": EPOCHS}, absolute("weight", "bias"), exact=True),
     "mask_sparsity, scales alone": Setting(
         MaskSparsity, {"epochs": EPOCHS, "penalize_bias": False}, absolute("weight")

@@ -21,11 +21,12 @@ from lightning_prune.callbacks.dynamics import (
     stage_steps,
 )
 from lightning_prune.callbacks.inject import add_to_gradients_, add_to_loss_, quietly, shrink_, uses_loss
-from lightning_prune.callbacks.joining import holders_of, refuse_shared_groups, taking_part
+from lightning_prune.callbacks.joining import holders_of, refuse_shared_groups
 from lightning_prune.callbacks.questions import Method
-from lightning_prune.callbacks.targets import aim, parameters_of
+from lightning_prune.callbacks.targets import parameters_of
 from lightning_prune.callbacks.watching import PruningCallback, check
 from lightning_prune.errors import ConfigurationError, PlanError
+from lightning_prune.structure.bits import compact, from_plain, to_plain
 
 __all__ = ["PHASES", "Method", "PruningCallback", "Regulariser", "check"]
 
@@ -80,10 +81,13 @@ class Regulariser(Method):
         """The strength that acts on the channels that will go, now."""
         return self._strength
 
-    def removal(self) -> dict[str, tuple[int, ...]]:
-        """The channels that will go: group name to channel numbers. Before the pick: an error."""
+    def removal(self) -> dict[str, Sequence[int]]:
+        """What will go: group name to channel numbers, or to positions in the flattened weight (:class:`Bits`).
+
+        Before the pick: an error.
+        """
         if not self._picked:
-            raise PlanError(f"{self._label} has picked no channels yet; it is in phase {self._phase!r}.")
+            raise PlanError(f"{self._label} has picked no {self._grain.unit} yet; it is in phase {self._phase!r}.")
         return dict(self._picked)
 
     @torch.no_grad()
@@ -118,8 +122,8 @@ class Regulariser(Method):
         if left <= TRACE:
             return None
         return (
-            f"{self._label}: {left:.2g} of the energy was left in the channels that went, more than {TRACE:g}; a longer"
-            " sparse stage loses less."
+            f"{self._label}: {left:.2g} of the energy was left in the {self._grain.unit} that went, more than"
+            f" {TRACE:g}; a longer sparse stage loses less."
         )
 
     def agreed(self, decision: Decision) -> Decision:
@@ -233,7 +237,7 @@ class Regulariser(Method):
             "ended": self._ended,
             "schedule": None if self._schedule is None else asdict(self._schedule),
             "learning_rate": self._learning_rate,
-            "picked": {name: list(channels) for name, channels in self._picked.items()},
+            "picked": {name: to_plain(numbers) for name, numbers in self._picked.items()},
             "energy": None if self._energy is None else self._energy.cpu(),
             "method": self.memory(),
         }
@@ -247,7 +251,7 @@ class Regulariser(Method):
         self._ended = state_dict["ended"]
         self._schedule = None if constants is None or kind is None else kind(**constants)
         self._learning_rate = state_dict["learning_rate"]
-        self._picked = {name: tuple(channels) for name, channels in state_dict["picked"].items()}
+        self._picked = {name: from_plain(numbers) for name, numbers in state_dict["picked"].items()}
         self._energy = state_dict["energy"]
         self.remember(state_dict["method"])
 
@@ -265,7 +269,7 @@ class Regulariser(Method):
         """Bring phase, picks and strength to the optimiser step that is about to be taken."""
         if self.capture.graph is None:
             return
-        if not self._groups:
+        if not self._grain.sizes:
             self._join(trainer, self.capture.graph)
         if self._phase == "wait" and trainer.current_epoch >= self.start:
             self._enter(trainer, completed)
@@ -286,13 +290,13 @@ class Regulariser(Method):
 
     def _join(self, trainer: Trainer, graph: structure.ChannelGraph) -> None:
         """Meet the model: which groups take part, and which optimiser holds them."""
-        self._groups = taking_part(self, graph, self._label)
+        self._grain.join(self, graph, self._label)
         others = [other for other in trainer.callbacks if isinstance(other, Regulariser) and other is not self]  # type: ignore[attr-defined]
-        refuse_shared_groups(self._groups, [other._groups for other in others])
+        refuse_shared_groups(self._grain.sizes, [other._grain.sizes for other in others])
         self._parameters = parameters_of(graph.model)
-        self._aim(self._picked or {name: range(group.size) for name, group in self._groups.items()})
+        self._aim(self._picked or {name: range(size) for name, size in self._grain.sizes.items()})
         if not self._targets:
-            raise ConfigurationError(f"{self._label} finds no parameter to work on in {', '.join(self._groups)}.")
+            raise ConfigurationError(f"{self._label} finds no parameter to work on in {', '.join(self._grain.sizes)}.")
         self._keeper, holders = holders_of(self._targets, trainer.optimizers, self._label)
         self._decoupled = dynamics_of(self._keeper).decoupled
         self._handles += [optimizer.register_step_post_hook(self._stepped()) for optimizer in holders]
@@ -325,17 +329,16 @@ class Regulariser(Method):
         if graph is None:
             return
         chosen = self.choose(graph)
-        plain = {name: [int(number) for number in chosen[name]] for name in self._groups if len(chosen.get(name, ()))}
-        plain = self.agreed(plain)
-        if not plain:
+        own = {name: compact(chosen[name]) for name in self._grain.sizes if len(chosen.get(name, ()))}
+        self._picked = self.agreed(own)
+        if not self._picked:
             ratio = "the choice" if self.ratio is None else f"ratio={self.ratio}"
             raise ConfigurationError(f"{self._label}: {ratio} removes no channel; raise it or lower round_to.")
-        self._picked = {name: tuple(numbers) for name, numbers in plain.items()}
         self._aim(self._picked)
         self._energy = self.whole()
 
-    def _aim(self, channels: Mapping[str, Sequence[int]]) -> None:
-        self._targets = aim(channels, self._groups, self.reach, self._parameters)
+    def _aim(self, numbers: Mapping[str, Sequence[int]]) -> None:
+        self._targets = self._grain.aim(self, numbers)
 
     def _stepped(self) -> Callable[..., None]:
         """What happens after each step of an optimiser: the penalty where it is decoupled, and the method's own."""

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.errors import PlanError
-from lightning_prune.structure import PruningPlan, prune_
+from lightning_prune.structure import Plan, prune_
 from lightning_prune.structure.plan import named_tensors, plain_name, submodule
+from lightning_prune.structure.sparsity import plan_from_json
 
 KEY = "lightning_prune"
 VERSION = 1
@@ -35,7 +36,7 @@ class AppliedPlan(NamedTuple):
     """A plan and the submodule it was applied to (``""``: the LightningModule itself)."""
 
     module: str
-    plan: PruningPlan
+    plan: Plan
 
 
 def history(pl_module: LightningModule) -> tuple[AppliedPlan, ...]:
@@ -43,7 +44,7 @@ def history(pl_module: LightningModule) -> tuple[AppliedPlan, ...]:
     return tuple(vars(pl_module).get(_MEMORY, ()))
 
 
-def remember_(pl_module: LightningModule, module: str, plan: PruningPlan) -> None:
+def remember_(pl_module: LightningModule, module: str, plan: Plan) -> None:
     """Note that ``plan`` has been applied to the submodule ``module``; later checkpoints will say so."""
     vars(pl_module)[_MEMORY] = (*history(pl_module), AppliedPlan(module, plan))
 
@@ -176,7 +177,7 @@ def _recorded(checkpoint: Mapping[str, Any]) -> tuple[AppliedPlan, ...]:
         raise PlanError(f"The checkpoint's {KEY!r} entry is not of version {VERSION}, which this library reads.")
     try:
         pairs = [(entry["module"], entry["plan"]) for entry in record["plans"]]
-        return tuple(AppliedPlan(str(module), PruningPlan.from_json(plan)) for module, plan in pairs)
+        return tuple(AppliedPlan(str(module), plan_from_json(plan)) for module, plan in pairs)
     except (KeyError, TypeError) as error:
         raise PlanError(f"The checkpoint's {KEY!r} entry is damaged: {error!r}.") from error
 
@@ -200,11 +201,11 @@ def _lengths(pl_module: LightningModule, plans: tuple[AppliedPlan, ...]) -> dict
             tensors = named_tensors(submodule(pl_module, entry.module))
         except AttributeError:
             raise PlanError(f"The checkpoint's plan cuts {entry.module!r}, which this module does not have.") from None
-        for (name, dim), kept in entry.plan.kept.items():
+        for (name, dim), length in entry.plan.lengths().items():
             whole = f"{entry.module}.{name}" if entry.module else name
             if name not in tensors or dim >= tensors[name].dim():
                 raise PlanError(f"The checkpoint's plan cuts dim {dim} of {whole!r}, which this module does not have.")
-            lengths[whole, dim] = len(kept), tensors[name].shape[dim]
+            lengths[whole, dim] = length, tensors[name].shape[dim]
     return lengths
 
 
@@ -224,10 +225,10 @@ def _first_misfit(
     shapes = {id(tensor): list(tensor.shape) for tensor in tensors.values()}
     plain = {plain_name(name): tensor for name, tensor in tensors.items()}
     for entry in plans:
-        for (name, dim), kept in entry.plan.kept.items():
+        for (name, dim), length in entry.plan.lengths().items():
             tensor = plain.get(f"{entry.module}.{name}" if entry.module else name)
             if tensor is not None and dim < tensor.dim():
-                shapes[id(tensor)][dim] = len(kept)
+                shapes[id(tensor)][dim] = length
     for name, tensor in tensors.items():
         theirs, ours = stored.get(name), shapes[id(tensor)]
         if isinstance(theirs, Tensor) and list(theirs.shape) != ours:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.operation import on_first_rank, run_together
 from lightning_prune.errors import ProofError
 from lightning_prune.reports.batches import resized
 from lightning_prune.reports.cost import Cost, count_cost
 from lightning_prune.reports.latency import Latency, measure_latency
 from lightning_prune.reports.report import PruningReport
-from lightning_prune.structure import Proof, PruningPlan, prove
+from lightning_prune.structure import Plan, Proof, PruningPlan, SparsityPlan, prove
 
 SAMPLES = 16
 """How much of a batch the proof looks at."""
@@ -32,16 +35,16 @@ class Look(NamedTuple):
 
 
 class Examination(NamedTuple):
-    """What is known before surgery; ranks other than 0 don't look at cost."""
+    """What is known before surgery; ranks other than 0 don't look at cost. Single weights are proved afterwards."""
 
-    proof: Proof
+    proof: Proof | None
     dense: Look | None
 
 
 def examine(
     trainer: Trainer,
     network: nn.Module,
-    plan: PruningPlan,
+    plan: Plan,
     inputs: Inputs,
     tolerance: float | None,
     batches: Sequence[int],
@@ -51,7 +54,9 @@ def examine(
     Raises:
         ProofError: the slim network would not compute what the masked one does, on some rank.
     """
-    proof = run_together(trainer, lambda: _prove(network, plan, inputs, tolerance))
+    proof = None
+    if isinstance(plan, PruningPlan):
+        proof = run_together(trainer, lambda: _prove(network, plan, inputs, tolerance))
     return Examination(proof, on_first_rank(trainer, lambda: look(network, inputs, batches)))
 
 
@@ -80,33 +85,59 @@ def _few(inputs: Inputs) -> Inputs:
 def conclude(
     trainer: Trainer,
     network: nn.Module,
-    plan: PruningPlan,
+    decision: Decision,
     inputs: Inputs,
     seen: Examination,
     monitor: str | None,
     remarks: Sequence[str] = (),
 ) -> PruningReport | None:
-    """Look at the slim network and write everything down, on rank 0. Every rank has to call it."""
+    """Look at the network after surgery and write everything down, on rank 0. Every rank has to call it.
+
+    Raises:
+        ProofError: a weight that should be zero is not, on some rank.
+    """
+    run_together(trainer, lambda: _prove_zeros(network, decision.plan))
 
     def write_down() -> PruningReport | None:
         dense = seen.dense
         if dense is None:
             return None
         slim = look(network, inputs, [latency.batch for latency in dense.latency])
+        rows, cost, unit = _rows(decision.whole), slim.cost, "channels"
+        if isinstance(decision.whole, SparsityPlan):
+            zeros = sum(before - left for _, before, left in rows)
+            cost, unit = replace(cost, parameters=cost.parameters - zeros), "weights"
         return PruningReport(
-            layers=[(name, before, after) for name, (before, after) in plan.widths().items()],
+            layers=rows,
+            unit=unit,
             cost_before=dense.cost,
-            cost_after=slim.cost,
+            cost_after=cost,
             latency_before=dense.latency if len(slim.latency) == len(dense.latency) else (),
             latency_after=slim.latency,
             monitor=monitor,
-            error=seen.proof.error,
-            tolerance=seen.proof.tolerance,
-            renormalised=plan.renormalised,
+            error=0.0 if seen.proof is None else seen.proof.error,
+            tolerance=0.0 if seen.proof is None else seen.proof.tolerance,
+            renormalised=decision.whole.renormalised if isinstance(decision.whole, PruningPlan) else (),
             warnings=tuple(dict.fromkeys((*remarks, *dense.warnings, *slim.warnings))),
         )
 
     return on_first_rank(trainer, write_down)
+
+
+def _rows(plan: Plan) -> list[tuple[str, int, int]]:
+    counts = plan.weights() if isinstance(plan, SparsityPlan) else plan.widths()
+    return [(name, before, after) for name, (before, after) in counts.items()]
+
+
+@torch.no_grad()
+def _prove_zeros(network: nn.Module, plan: Plan) -> None:
+    if not isinstance(plan, SparsityPlan):
+        return
+    masks = plan.masks(network)
+    counts = [parameter.masked_fill(kept, 0).count_nonzero() for parameter, kept in masks.items()]
+    for name, count in zip(plan.kept, torch.stack(counts).tolist(), strict=True):
+        if count:
+            raise ProofError(f"{count} weights of {name!r} should be zero after surgery and are not.")
 
 
 def look(network: nn.Module, inputs: Inputs, batches: Sequence[int]) -> Look:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import structure
+from lightning_prune.callbacks.grains import refuse_for_weights
 from lightning_prune.callbacks.growing import Growing, constants
 from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.penalties import slices, weighted_l2
@@ -78,7 +79,7 @@ class _GReg(Growing):
         # a group that has stopped keeps the strength of its last event
         strengths = {
             name: schedule.strength(min(event, self._stopped.get(name, event)) * schedule.update_every) / share
-            for name in self._groups
+            for name in self._grain.sizes
         }
         kept = schedule.kept_strength(step) if self._picked else 0.0
         self._strength = max(strengths.values())
@@ -153,6 +154,8 @@ class _GReg(Growing):
 
     def _with_kept(self, weighed: list[Tensor], kept: float) -> list[Tensor]:
         """Give the kept rows of the producing weights their own strength, where nothing that goes crosses them."""
+        if self.granularity == "weight":
+            return [torch.where(strength > 0, strength, kept) for strength in weighed]
         rows = {id(measure.parameter): measure.stay for measures in self._measured().values() for measure in measures}
         return [
             torch.where(strength > 0, strength, kept * rows[id(target.parameter)])
@@ -185,7 +188,7 @@ class _GReg(Growing):
     def _watch_ratios(self, event: int) -> None:
         """Update each group's running ratio of mean absolute weight, kept over pruned; look at it now and then."""
         schedule = self._schedule
-        if schedule.stop_ratio is None or len(self._stopped) == len(self._picked):
+        if schedule.stop_ratio is None or self.granularity == "weight" or len(self._stopped) == len(self._picked):
             return
         now = torch.stack([_ratio(measures) for measures in self._measured().values()])
         before = now if self._ratios is None else self._ratios.to(now.device)
@@ -205,7 +208,7 @@ class GReg1(_GReg):
     for the penalty.
 
     Args:
-        ratio: fraction of channels to remove, in (0, 1).
+        ratio: fraction of channels, or of each layer's weights, to remove, in (0, 1).
         epochs: length of the sparse stage; growth and hold are derived for this trainer's optimiser and steps.
         schedule: instead of ``epochs`` the constants in optimiser steps, or the published ones: ``"cifar"``,
             ``"imagenet"`` (made for a learning rate of 1e-3).
@@ -216,6 +219,9 @@ class GReg1(_GReg):
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
         round_to: kept widths are multiples of this.
+        granularity: ``"channel"``, or ``"weight"``: the fraction of least absolute weight goes in every convolution,
+            linear layer and their like, each weight by itself; ``coupled``, ``scope``, ``round_to`` and the
+            schedule's early stop say nothing about those.
         start: epoch at which the sparse stage begins and the channels are picked.
         module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
         name: tells instances of one class apart in checkpoints and logs.
@@ -242,6 +248,7 @@ class GReg1(_GReg):
         ignore: Sequence[str] = (),
         scope: Literal["inner", "all"] = "inner",
         round_to: int = 1,
+        granularity: Literal["channel", "weight"] = "channel",
         start: int = 0,
         module: str | None = None,
         name: str | None = None,
@@ -252,11 +259,13 @@ class GReg1(_GReg):
             ignore=ignore,
             scope=scope,
             round_to=round_to,
+            granularity=granularity,
             start=start,
             epochs=epochs,
             module=module,
             name=name,
         )
+        refuse_for_weights(granularity, "coupled", coupled, True)
         self.coupled = coupled
         self.schedule = schedule
         self._constants = constants(epochs, schedule, {"cifar": GREG1_CIFAR, "imagenet": GREG1_IMAGENET})
@@ -281,7 +290,7 @@ class GReg2(_GReg):
     for the penalty.
 
     Args:
-        ratio: fraction of channels to remove, in (0, 1).
+        ratio: fraction of channels, or of each layer's weights, to remove, in (0, 1).
         epochs: length of the sparse stage; pick, growth and hold are derived for this trainer's optimiser and steps.
         schedule: instead of ``epochs`` the constants in optimiser steps, or the published ones: ``"cifar"``,
             ``"imagenet"`` (made for a learning rate of 1e-3).
@@ -290,6 +299,9 @@ class GReg2(_GReg):
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
         round_to: kept widths are multiples of this.
+        granularity: ``"channel"``, or ``"weight"``: the fraction of least absolute weight goes in every convolution,
+            linear layer and their like, each weight by itself; ``coupled``, ``scope``, ``round_to`` and the
+            schedule's early stop say nothing about those.
         start: epoch at which the sparse stage, and with it the pick phase, begins.
         module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
         name: tells instances of one class apart in checkpoints and logs.
@@ -317,6 +329,7 @@ class GReg2(_GReg):
         ignore: Sequence[str] = (),
         scope: Literal["inner", "all"] = "inner",
         round_to: int = 1,
+        granularity: Literal["channel", "weight"] = "channel",
         start: int = 0,
         module: str | None = None,
         name: str | None = None,
@@ -327,11 +340,13 @@ class GReg2(_GReg):
             ignore=ignore,
             scope=scope,
             round_to=round_to,
+            granularity=granularity,
             start=start,
             epochs=epochs,
             module=module,
             name=name,
         )
+        refuse_for_weights(granularity, "coupled", coupled, True)
         self.coupled = coupled
         self.schedule = schedule
         self._constants = constants(epochs, schedule, {"cifar": GREG2_CIFAR, "imagenet": GREG2_IMAGENET})

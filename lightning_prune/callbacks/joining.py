@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_prune import structure
-from lightning_prune.callbacks.questions import Method
 from lightning_prune.callbacks.targets import Target
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.choice import matches
+
+if TYPE_CHECKING:
+    from lightning_prune.callbacks.questions import Method
 
 
 def taking_part(method: Method, graph: structure.ChannelGraph, label: str) -> dict[str, structure.ChannelGroup]:
@@ -44,8 +47,8 @@ def taking_part(method: Method, graph: structure.ChannelGraph, label: str) -> di
     return {group.name: group for group in meant if method.suits(group)}
 
 
-def refuse_shared_groups(own: Iterable[str], others: Iterable[Mapping[str, structure.ChannelGroup]]) -> None:
-    """Refuse two methods that mean the same channels."""
+def refuse_shared_groups(own: Iterable[str], others: Iterable[Iterable[str]]) -> None:
+    """Refuse two methods that mean the same groups, by name."""
     for other in others:
         for name in sorted(set(own) & set(other)):
             raise ConfigurationError(f"Two regularisers have picked channels of {name!r}; let one ignore it.")

@@ -12,7 +12,7 @@ from lightning_prune import structure
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.targets import zero_out_
 from lightning_prune.callbacks.watching import check
-from lightning_prune.structure.choice import SCORES
+from lightning_prune.structure.choice import SCORES, WEIGHT_SCORES
 
 
 @final
@@ -29,7 +29,7 @@ class Magnitude(Regulariser):
     See :mod:`lightning_prune.scores` for the scores.
 
     Args:
-        ratio: fraction of channels to remove, in (0, 1).
+        ratio: fraction of channels, or of each layer's weights, to remove, in (0, 1).
         score: ``"l1"`` (mean absolute weight), ``"l2"`` (root mean square), ``"bn_scale"`` (absolute scale of the
             norm), or ``"random"``.
         steps: parts in which channels go, at most one per epoch of the stage.
@@ -38,6 +38,9 @@ class Magnitude(Regulariser):
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
         round_to: kept widths are multiples of this.
+        granularity: ``"channel"``, or ``"weight"``: of every convolution, linear layer and their like the fraction of
+            least absolute weight is set to zero and stays there; ``scope``, ``round_to`` and ``"bn_scale"`` say
+            nothing about those.
         start: epoch at which the stage begins.
         epochs: length of the stage; surgery follows at its end.
         module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
@@ -65,6 +68,7 @@ class Magnitude(Regulariser):
         ignore: Sequence[str] = (),
         scope: Literal["inner", "all"] = "inner",
         round_to: int = 1,
+        granularity: Literal["channel", "weight"] = "channel",
         start: int = 0,
         epochs: int = 1,
         module: str | None = None,
@@ -76,12 +80,17 @@ class Magnitude(Regulariser):
             ignore=ignore,
             scope=scope,
             round_to=round_to,
+            granularity=granularity,
             start=start,
             epochs=epochs,
             module=module,
             name=name,
         )
         check(score in SCORES, f"score={score!r} must be one of {', '.join(SCORES)}.")
+        check(
+            granularity == "channel" or score in WEIGHT_SCORES,
+            f"score={score!r} ranks channels; with granularity='weight' it must be one of {', '.join(WEIGHT_SCORES)}.",
+        )
         check(1 <= steps <= epochs, f"steps={steps} must lie in 1..epochs={epochs}: one step takes an epoch.")
         self.score = score
         self.steps = steps
@@ -110,7 +119,7 @@ class Magnitude(Regulariser):
         """Never before a step: channels go at the end of epochs."""
         return False
 
-    def choose(self, graph: structure.ChannelGraph) -> dict[str, tuple[int, ...]]:
+    def choose(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
         """The channels of least score, as many as the epochs that are over allow; those picked before among them."""
         share = max(1, sum(cut <= self._ended for cut in self.cuts)) / self.steps
         return self.smallest(graph, score=self.score, share=share, seed=self.seed)

@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_prune.callbacks.checkpointing import remember_
 from lightning_prune.callbacks.neighbours import average_models, forget_dense_scores_
 from lightning_prune.errors import PruningError
-from lightning_prune.structure import PruningPlan, prune_
+from lightning_prune.structure import Plan, prune_
 from lightning_prune.structure.plan import submodule
 
 Result = TypeVar("Result")
 
 
-def operate_(trainer: Trainer, pl_module: LightningModule, module: str, plan: PruningPlan) -> None:
+def operate_(trainer: Trainer, pl_module: LightningModule, module: str, plan: Plan) -> None:
     """Apply a plan to the module in training, to its optimisers' state and to its weight averages, on every rank.
 
     Args:
@@ -32,7 +32,7 @@ def operate_(trainer: Trainer, pl_module: LightningModule, module: str, plan: Pr
     Raises:
         PruningError: the plan could not be applied, here or on another rank.
     """
-    is_wrapped = _unwrap_(trainer, pl_module)
+    is_wrapped = bool(plan.lengths()) and _unwrap_(trainer, pl_module)
     run_together(trainer, lambda: _cut_(trainer, pl_module, module, plan))
     if is_wrapped:
         _wrap_(trainer)
@@ -75,7 +75,7 @@ def _gather(trainer: Trainer, message: str | None) -> list[str | None]:
     return messages
 
 
-def _cut_(trainer: Trainer, pl_module: LightningModule, module: str, plan: PruningPlan) -> None:
+def _cut_(trainer: Trainer, pl_module: LightningModule, module: str, plan: Plan) -> None:
     prune_(submodule(pl_module, module), plan, trainer.optimizers)
     for average in average_models(trainer):
         prune_(submodule(average, module), plan)

@@ -16,12 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import structure
 from lightning_prune.callbacks.dynamics import dynamics_of
+from lightning_prune.callbacks.grains import GRAINS, Grain, refuse_for_weights
 from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.callbacks.targets import Target, squared_norm
 from lightning_prune.callbacks.watching import PruningCallback, check
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Dynamics
-from lightning_prune.structure.choice import value_of
 
 
 class Method(PruningCallback):
@@ -38,6 +38,7 @@ class Method(PruningCallback):
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
         round_to: kept widths are multiples of this.
+        granularity: ``"channel"``, or ``"weight"`` where the method can remove single weights.
         start: epoch at whose first batch the sparse stage begins.
         epochs: length of the sparse stage; at the end of epoch ``start + epochs - 1`` the regulariser is ready.
         module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
@@ -56,10 +57,10 @@ class Method(PruningCallback):
     collapses: bool = True
     """Whether the channels that go are meant to be next to nothing before surgery; where not, nobody is warned."""
 
-    _groups: dict[str, structure.ChannelGroup]  # by name, those that take part
+    _grain: Grain  # what is counted in, and what of it takes part
     _parameters: dict[str, nn.Parameter]  # of the pruned module, by every name
     _targets: list[Target]  # what `reach` covers of the picked channels; of all while none is picked
-    _picked: dict[str, tuple[int, ...]]
+    _picked: dict[str, Sequence[int]]
     _schedule: Any  # what `begin` returned
     _step: int | None  # of the sparse stage, the one being taken
     _strength: float
@@ -76,6 +77,7 @@ class Method(PruningCallback):
         ignore: Sequence[str] = (),
         scope: str = "inner",
         round_to: int = 1,
+        granularity: str = "channel",
         start: int = 0,
         epochs: int | None = None,
         module: str | None = None,
@@ -93,6 +95,9 @@ class Method(PruningCallback):
         check(not isinstance(ignore, str), f"ignore={ignore!r} must be a list of patterns.")
         check(scope in ("inner", "all"), f"scope={scope!r} must be 'inner' or 'all'.")
         check(round_to >= 1, f"round_to={round_to} must be at least 1 channel.")
+        check(granularity in GRAINS, f"granularity={granularity!r} must be one of {', '.join(GRAINS)}.")
+        refuse_for_weights(granularity, "scope", scope, "inner")
+        refuse_for_weights(granularity, "round_to", round_to, 1)
         check(start >= 0, f"start={start} must be at least 0 epochs.")
         check(epochs is None or epochs >= 1, f"epochs={epochs} must be at least 1, or None.")
         self.ratio = ratio
@@ -100,6 +105,7 @@ class Method(PruningCallback):
         self.ignore = tuple(ignore)
         self.scope = scope
         self.round_to = round_to
+        self.granularity = granularity
         self.start = start
         self.epochs = epochs
         self.name = name
@@ -116,7 +122,12 @@ class Method(PruningCallback):
             return self._generate_state_key(name=self.name)
         ratios = sorted((self.ratios or {}).items())
         return self._generate_state_key(
-            ratio=self.ratio, ratios=ratios, ignore=list(self.ignore), scope=self.scope, module=self.module
+            ratio=self.ratio,
+            ratios=ratios,
+            ignore=list(self.ignore),
+            scope=self.scope,
+            granularity=self.granularity,
+            module=self.module,
         )
 
     # The stage.
@@ -226,14 +237,19 @@ class Method(PruningCallback):
     # What methods may use.
 
     @property
+    def _groups(self) -> dict[str, structure.ChannelGroup]:
+        """The channel groups that take part, by name."""
+        return self._grain.channels
+
+    @property
     def decoupled(self) -> bool:
         """Whether the optimiser rescales gradients, so that the penalty acts after its steps instead."""
         return self._decoupled
 
     def smallest(
         self, graph: structure.ChannelGraph, *, score: str = "l1", share: float = 1.0, seed: int = 0
-    ) -> dict[str, tuple[int, ...]]:
-        """The channels of least score in every group that takes part, as many as the ratios say.
+    ) -> Mapping[str, Sequence[int]]:
+        """The channels (or weights) of least score in every group that takes part, as many as the ratios say.
 
         Args:
             graph: of the pruned module.
@@ -243,22 +259,8 @@ class Method(PruningCallback):
         """
         if self.ratio is None:
             raise ConfigurationError("Without ratio=... a method has to choose its channels itself.")
-        generator = torch.Generator().manual_seed(seed)
-
-        def worth(group: structure.ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
-            mine = group.name in self._groups
-            return value_of(group, tensors, score, generator) if mine else torch.zeros(group.size)
-
-        chosen = structure.pick(
-            graph,
-            self.ratio * share,
-            score=worth,
-            ratios={pattern: value * share for pattern, value in (self.ratios or {}).items()},
-            ignore=self.ignore,
-            scope=self.scope,
-            round_to=self.round_to,
-        )
-        return {name: numbers for name, numbers in chosen.items() if name in self._groups}
+        chosen = self._grain.smallest(self, graph, self.ratio, score, share, seed)
+        return {name: numbers for name, numbers in chosen.items() if name in self._grain.sizes}
 
     def learning_rate_share(self) -> float:
         """Learning rate now over the one that a derived schedule was made for, at least a tenth.
@@ -288,7 +290,7 @@ class Method(PruningCallback):
 
     def _leave(self) -> None:
         """Let go of the model and of the optimisers."""
-        self._groups = {}
+        self._grain = GRAINS[self.granularity]()
         self._parameters = {}
         self._targets = []
         self._keeper = None

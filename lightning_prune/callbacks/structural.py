@@ -27,17 +27,21 @@ from lightning_prune.callbacks.horizon import (
 )
 from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of
 from lightning_prune.callbacks.operation import held_parameters, on_first_rank, operate_, refuse_orphans
+from lightning_prune.callbacks.permanence import PermanentMask
 from lightning_prune.callbacks.publishing import Publisher
 from lightning_prune.callbacks.watching import PruningCallback
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.report import PruningReport
-from lightning_prune.structure import PruningPlan
+from lightning_prune.structure import Plan
 from lightning_prune.structure.plan import submodule
 from lightning_prune.structure.replica import replica
 
 
 class StructuralPruning(PruningCallback):
-    """Removes the channels that the regularisers have shrunk, once all of them are ready; the same fit then finetunes.
+    """Removes what the regularisers have shrunk, once all of them are ready; the same fit then finetunes.
+
+    Channels go physically. Single weights (``granularity="weight"``) stay at exactly zero from then on, with their
+    momenta and their weight averages.
 
     Surgery takes place at the first epoch start after that; where none follows, at the next batch start outside a
     gradient accumulation window. The plan is decided on rank 0, proved on the latest training batch, and applied on all
@@ -97,6 +101,7 @@ class StructuralPruning(PruningCallback):
         self._stage = FinetuneStage(finetune, finetune_optimizer, finetune_scheduler)
         self._guard = StopGuard()
         self._publisher = Publisher(report_file)
+        self._permanent = PermanentMask()
         self._partners: list[Regulariser] = []
         self._fit: tuple[Any, Any] | None = None
         self._forget()
@@ -113,7 +118,7 @@ class StructuralPruning(PruningCallback):
         self._report: PruningReport | None = None
 
     @property
-    def plan(self) -> PruningPlan | None:
+    def plan(self) -> Plan | None:
         """What went, as a plan for the LightningModule (``save_slim`` takes both); ``None`` before surgery."""
         return self._decision.whole if self._done and self._decision is not None else None
 
@@ -231,10 +236,13 @@ class StructuralPruning(PruningCallback):
         parameters = dict(pl_module.named_parameters())
         self._stage.begin_(trainer, [parameters[name] for name in held], self._remaining)
         refuse_orphans(trainer, pl_module, held)
+        if self._decision is not None:
+            network = submodule(pl_module, self._decision.module)
+            self._permanent.hold_(network, self._decision.plan, trainer.optimizers)
 
     # What is found out.
 
-    def _examine(self, trainer: Trainer, network: nn.Module, plan: PruningPlan, inputs: Inputs) -> Examination:
+    def _examine(self, trainer: Trainer, network: nn.Module, plan: Plan, inputs: Inputs) -> Examination:
         return examine(trainer, network, plan, inputs, self.tolerance, self.latency_batches)
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs, seen: Examination) -> None:
@@ -242,9 +250,7 @@ class StructuralPruning(PruningCallback):
         if self._decision is None:
             return
         network = submodule(pl_module, self._decision.module)
-        self._report = conclude(
-            trainer, network, self._decision.whole, inputs, seen, self.monitor, tuple(self._remainders)
-        )
+        self._report = conclude(trainer, network, self._decision, inputs, seen, self.monitor, tuple(self._remainders))
         self._publish(trainer)
         if self._report is not None and trainer.is_global_zero:
             self._publisher.show(self._report)
@@ -256,9 +262,10 @@ class StructuralPruning(PruningCallback):
         self._catch_up(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """The same where manual optimisation has bypassed ``on_before_backward``."""
+        """Keep masked weights still; and the proof, where manual optimisation has bypassed ``on_before_backward``."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._catch_up(trainer, pl_module)
+        self._permanent.before_step(optimizer)
 
     def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         inputs, decision, dense = self.capture.inputs, self._decision, self._dense
@@ -304,6 +311,7 @@ class StructuralPruning(PruningCallback):
 
     def _let_go(self, pl_module: LightningModule) -> None:
         self._guard.lift_()
+        self._permanent.let_go()
         self._dense = None
         detach_(pl_module)
 

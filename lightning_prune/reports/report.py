@@ -20,10 +20,11 @@ FORMAT = 1
 STAGES = ("dense", "before", "after", "finetuned")
 UNITS = {
     "accuracy": "the monitored metric: dense, just before surgery, right after surgery, finetuned",
-    "error": "largest difference between masked and slim network, relative to the largest output",
-    "layers": "name, channels before, channels after",
+    "error": "largest difference between masked and pruned network, relative to the largest output",
+    "layers": "name, number before, number after; channels or weights, as unit says",
     "latency": "milliseconds per batch: median and interquartile range",
-    "macs": "multiply-adds per sample, counted by fvcore",
+    "macs": "multiply-adds per sample, counted by fvcore; single weights save some with sparse kernels only",
+    "parameters": "number of parameters; of single weights those that the mask keeps",
 }
 
 
@@ -48,9 +49,10 @@ class PruningReport:
     """What one surgery did.
 
     Args:
-        layers: name, channels before and channels after, of every layer that lost any.
+        layers: name, channels (or weights) before and after, of every layer that lost any.
         cost_before: of the dense network.
-        cost_after: of the slim network.
+        cost_after: of the slim network; of a network with single weights at zero, what dense kernels compute and the
+            parameters that its mask keeps.
         latency_before: of the dense network, one per batch size.
         latency_after: of the slim network, at the same batch sizes.
         monitor: name of the metric in ``accuracy``; ``None`` where none was asked for.
@@ -58,12 +60,14 @@ class PruningReport:
             surgery) and of the slim one (``"after"``: right after surgery, ``"finetuned"``); ``None`` where unknown.
         error: largest difference between masked and slim network on a training batch, relative to the largest output.
         tolerance: what was allowed for ``error``.
+        unit: what ``layers`` counts, ``"channels"`` or ``"weights"``.
         renormalised: layers behind which a norm now runs over fewer channels than the masked network's did.
         warnings: one sentence each.
         versions: package name -> version.
 
     Raises:
-        ConfigurationError: ``accuracy`` knows another stage, or the latencies were taken at different batch sizes.
+        ConfigurationError: ``accuracy`` knows another stage, ``unit`` is another, or the latencies were taken at
+            different batch sizes.
 
     >>> cost = Cost(macs=800, parameters=100), Cost(macs=200, parameters=30)
     >>> report = PruningReport([("conv1", 16, 8)], *cost, accuracy={"dense": 0.98}, versions={})
@@ -80,6 +84,7 @@ class PruningReport:
     accuracy: Mapping[str, float | None] = field(default_factory=dict)
     error: float = 0.0
     tolerance: float = 0.0
+    unit: str = "channels"
     renormalised: Sequence[str] = ()
     warnings: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=versions)
@@ -88,6 +93,8 @@ class PruningReport:
         unknown = sorted(set(self.accuracy) - set(STAGES))
         if unknown:
             raise ConfigurationError(f"accuracy knows {', '.join(STAGES)}, not {unknown[0]!r}.")
+        if self.unit not in ("channels", "weights"):
+            raise ConfigurationError(f"unit={self.unit!r} must be 'channels' or 'weights'.")
         batches = [[latency.batch for latency in taken] for taken in (self.latency_before, self.latency_after)]
         if batches[0] != batches[1]:
             raise ConfigurationError(f"Latency was taken at batches {batches[0]} before and {batches[1]} after.")

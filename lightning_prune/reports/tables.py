@@ -11,7 +11,7 @@ _NAMED_OPERATORS = 6
 
 
 def surgery_table(report: PruningReport) -> Table:
-    """One table: channels per layer, MACs, parameters, latency and accuracy, before and after surgery.
+    """One table: channels or weights per layer, MACs, parameters, latency and accuracy, before and after surgery.
 
     >>> from rich.console import Console
     >>> from lightning_prune.reports.cost import Cost
@@ -19,8 +19,9 @@ def surgery_table(report: PruningReport) -> Table:
     >>> Console(width=70, color_system=None).print(surgery_table(report).columns[1]._cells)
     ['16', '1.264 M', '900']
     """
-    table = Table(title="From dense to slim", caption=_caption(report), caption_justify="left", title_justify="left")
-    table.add_column("channels", overflow="fold")
+    title = "From dense to slim" if report.unit == "channels" else "From dense to sparse"
+    table = Table(title=title, caption=_caption(report), caption_justify="left", title_justify="left")
+    table.add_column(report.unit, overflow="fold")
     for header in ("before", "after", "change"):
         table.add_column(header, justify="right", no_wrap=True)
     for name, old, new in report.layers:
@@ -50,7 +51,10 @@ def _caption(report: PruningReport) -> str:
     if report.latency_after:
         latency = report.latency_after[0]
         lines.append(f"Latency: median (interquartile range) on {latency.device}, {latency.threads} thread(s).")
-    lines.append(f"Slim network against masked network: {report.error:.1e} of the largest output.")
+    if report.unit == "channels":
+        lines.append(f"Slim network against masked network: {report.error:.1e} of the largest output.")
+    else:
+        lines.append("Masked weights are zero; dense kernels compute them all the same, sparse ones would gain time.")
     if report.renormalised:
         lines.append(f"Norms over fewer channels than before: {', '.join(report.renormalised)}.")
     return "\n".join([*lines, *report.warnings])

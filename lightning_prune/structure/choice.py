@@ -7,16 +7,22 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_prune import scores
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.structure.bits import Bits
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
 from lightning_prune.structure.plan import Member, PruningPlan, kept_channels, named_tensors, plain_name
+from lightning_prune.structure.sparsity import SparsityPlan
+from lightning_prune.structure.weights import WeightGraph, WeightGroup, weights_of
 
 Score: TypeAlias = "str | Callable[[ChannelGroup, Mapping[str, Tensor]], Tensor]"
+Graph: TypeAlias = ChannelGraph | WeightGraph
+Group: TypeAlias = ChannelGroup | WeightGroup
 
 SCORES = ("bn_scale", "l1", "l2", "random")
+WEIGHT_SCORES = ("l1", "l2", "random")
 SCOPES = ("inner", "all")
 
 
@@ -115,8 +121,71 @@ def pick(
     return {name: numbers for name, numbers in picked.items() if numbers}
 
 
+def choose_weights(
+    model: nn.Module,
+    ratio: float = 0.5,
+    *,
+    score: str = "l1",
+    ratios: Mapping[str, float] | None = None,
+    ignore: Iterable[str] = (),
+    seed: int = 0,
+) -> SparsityPlan:
+    """The plan by which the smallest single weights become zero, in every layer the same share of them.
+
+    Of ``n`` weights ``ceil(ratio * n)`` go, at most ``n - 1``.
+
+    Args:
+        model: any module; it needs no input.
+        ratio: share of each layer's weights that goes, in ``(0, 1)``.
+        score: ``"l1"`` and ``"l2"`` (both absolute values here), or ``"random"``.
+        ratios: name patterns to ratios in ``[0, 1)`` of their own; the first that matches counts.
+        ignore: name patterns of layers that stay as they are.
+        seed: of ``score="random"``.
+
+    Raises:
+        ConfigurationError: an argument is out of its range, or a pattern matches nothing.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> _ = nn.init.constant_(layer.weight, 1.0)
+    >>> print(choose_weights(nn.Sequential(layer), ratio=0.75))
+    0  4 -> 1
+    """
+    graph = weights_of(model)
+    return graph.plan(pick_weights(graph, ratio, score=score, ratios=ratios, ignore=ignore, seed=seed))
+
+
+def pick_weights(
+    graph: WeightGraph,
+    ratio: float = 0.5,
+    *,
+    score: str = "l1",
+    ratios: Mapping[str, float] | None = None,
+    ignore: Iterable[str] = (),
+    seed: int = 0,
+) -> dict[str, Bits]:
+    """As :func:`choose_weights`, but as positions that go by group name."""
+    if score not in WEIGHT_SCORES:
+        raise ConfigurationError(f"score of single weights must be one of {', '.join(WEIGHT_SCORES)}, not {score!r}.")
+    share = select(graph, ratio, ratios=ratios, ignore=ignore, scope="all")
+    tensors = named_tensors(graph.model)
+    generator = torch.Generator().manual_seed(seed)
+    picked = {}
+    for group in graph.groups:
+        count = group.size - kept_channels(group.size, share.get(group.name, 0.0))
+        if not count:
+            continue
+        weights = tensors[group.parameter].detach()
+        values = scores.random(group.size, generator) if score == "random" else weights.abs().reshape(-1)
+        if not values.isfinite().all():
+            raise ConfigurationError(f"The weights of {group.name!r} are not all finite; they hold NaN or inf.")
+        goes = torch.zeros(group.size, dtype=torch.bool, device=values.device)
+        goes[values.argsort(stable=True)[:count]] = True
+        picked[group.name] = Bits.of(goes)
+    return picked
+
+
 def select(
-    graph: ChannelGraph,
+    graph: Graph,
     ratio: float = 0.5,
     *,
     ratios: Mapping[str, float] | None = None,
@@ -150,18 +219,18 @@ def select(
     return share
 
 
-def matches(graph: ChannelGraph, group: ChannelGroup, pattern: str) -> bool:
+def matches(graph: Graph, group: Group, pattern: str) -> bool:
     """Whether a pattern names the group, one of its producers, or a module around one."""
     names = [known for name in (group.name, *group.producers) for known in _names(graph, name)]
     return any(fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for name in names)
 
 
-def _names(graph: ChannelGraph, name: str) -> tuple[str, ...]:
+def _names(graph: Graph, name: str) -> tuple[str, ...]:
     """By which a layer is known: inside the traced model, and inside the larger module where there is one."""
     return (name, f"{graph.root}.{name}") if graph.root else (name,)
 
 
-def _all_match(graph: ChannelGraph, patterns: Iterable[str], ignored: bool) -> None:
+def _all_match(graph: Graph, patterns: Iterable[str], ignored: bool) -> None:
     """Every pattern names something: a layer that can shrink or, where it is to stay as it is, any module."""
     named = graph.model.named_modules() if ignored else ()
     modules = [known for name, _ in named for known in _names(graph, plain_name(name))]

@@ -129,6 +129,10 @@ class PruningPlan:
         """Layer -> number of output channels before and after."""
         return {layer_of(name): (self.sizes[name, dim], len(self.kept[name, dim])) for name, dim in self.outputs}
 
+    def lengths(self) -> dict[Member, int]:
+        """``(parameter or buffer name, dim)`` -> its length afterwards, where that changes."""
+        return {member: len(positions) for member, positions in self.kept.items()}
+
     def diff(self, other: PruningPlan) -> str:
         """The layers whose widths or channels differ, one a line; empty where the plans agree.
 

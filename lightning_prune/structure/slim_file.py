@@ -1,4 +1,8 @@
-"""Slim models on disk: safetensors with plan and metadata as JSON in the header; no pickle."""
+"""Slim models on disk: safetensors with plan and metadata as JSON in the header; no pickle.
+
+Of a weight with single weights at zero the file holds the kept values under its name, in their order, and under
+``name`` + ``":bitmap"`` eight entries a byte, the first in the highest bit.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError, SlimFileError
-from lightning_prune.structure.plan import PruningPlan, named_tensors, plain_name, signature
+from lightning_prune.structure.plan import Member, PruningPlan, named_tensors, plain_name, signature
+from lightning_prune.structure.sparsity import Plan, SparsityPlan, check_masks
 from lightning_prune.structure.surgery import check_fits, prune_
 
 KEY = "lightning_prune"
+BITMAP = ":bitmap"
 VERSION = 1
 
 
-def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: PruningPlan, /, **metadata: Any) -> None:
+def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **metadata: Any) -> None:
     """Write a slim model's weights together with the plan that made it, in one safetensors file.
 
     The file appears under its name when it is complete, not before.
@@ -31,23 +37,20 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: PruningPlan,
     Args:
         model: the slim model.
         path: of the file.
-        plan: that turned the dense model into this one.
+        plan: that turned the dense model into this one, by channels or by single weights.
         metadata: anything that JSON can hold, such as accuracies.
 
     Raises:
         SlimFileError: where the model is not what the plan leaves, or the metadata can't be written as JSON.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(model).items()}
-    known = named_tensors(model)
-    for (name, dim), positions in plan.kept.items():
-        if name not in known:
-            raise SlimFileError(f"The plan cuts {name!r}, which this {type(model).__name__} does not have.")
-        if name in tensors and tensors[name].shape[dim] != len(positions):
-            found, want = tensors[name].shape[dim], len(positions)
-            raise SlimFileError(f"{name!r} has length {found} along dim {dim} where the plan leaves {want}.")
+    if isinstance(plan, SparsityPlan):
+        tensors |= _packed(model, tensors, plan)
+    else:
+        _check_lengths(model, tensors, plan)
     header = {
         "version": VERSION,
-        "plan": json.loads(plan.to_json()),
+        "plan": plan.outline() if isinstance(plan, SparsityPlan) else json.loads(plan.to_json()),
         "signature": signature(model),
         "digest": _digest(tensors),
         "versions": {"torch": torch.__version__, "safetensors": safetensors.__version__},
@@ -77,16 +80,16 @@ def read_slim_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _read(path)[0]
 
 
-def read_slim_plan(path: str | os.PathLike[str]) -> PruningPlan:
+def read_slim_plan(path: str | os.PathLike[str]) -> Plan:
     """The plan of a slim file.
 
     Raises:
         SlimFileError: where the file is damaged or not one of ours.
     """
-    return _plan_of(path, _read(path)[0])
+    return _plan_of(path, *_read(path))
 
 
-def load_slim(path: str | os.PathLike[str], model: nn.Module) -> PruningPlan:
+def load_slim(path: str | os.PathLike[str], model: nn.Module) -> Plan:
     """Turn a fresh dense model into the slim one of a file: first the plan, then the weights, in place.
 
     Everything is checked before the model is touched.
@@ -102,12 +105,16 @@ def load_slim(path: str | os.PathLike[str], model: nn.Module) -> PruningPlan:
         SlimFileError: where the file is damaged, foreign, or belongs to another model.
     """
     header, tensors = _read(path)
-    plan = _plan_of(path, header)
+    plan = _plan_of(path, header, tensors)
     try:
-        check_fits(model, plan)
-    except PlanError as error:
+        if isinstance(plan, SparsityPlan):
+            check_masks(model, plan)
+            tensors = _unpacked(tensors, plan)
+        else:
+            check_fits(model, plan)
+    except (KeyError, PlanError) as error:
         raise SlimFileError(f"{os.fspath(path)} does not fit this {type(model).__name__}: {error}") from error
-    _check_tensors(path, _stored(model), tensors, plan)
+    _check_tensors(path, _stored(model), tensors, plan.lengths())
     prune_(model, plan)
     with torch.no_grad():
         for name, tensor in _stored(model).items():
@@ -115,11 +122,54 @@ def load_slim(path: str | os.PathLike[str], model: nn.Module) -> PruningPlan:
     return plan
 
 
-def _plan_of(path: str | os.PathLike[str], header: dict[str, Any]) -> PruningPlan:
+def _plan_of(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
     try:
+        if "shapes" in header["plan"]:
+            bitmaps = {name: tensors[name + BITMAP].numpy().tobytes() for name in header["plan"]["shapes"]}
+            return SparsityPlan.from_outline(header["plan"], bitmaps)
         return PruningPlan.from_json(json.dumps(header["plan"]))
-    except (KeyError, PlanError) as error:
+    except (KeyError, TypeError, PlanError) as error:
         raise SlimFileError(f"The plan in {os.fspath(path)} is damaged: {error}") from error
+
+
+def _check_lengths(model: nn.Module, tensors: dict[str, Tensor], plan: PruningPlan) -> None:
+    known = named_tensors(model)
+    for (name, dim), want in plan.lengths().items():
+        if name not in known:
+            raise SlimFileError(f"The plan cuts {name!r}, which this {type(model).__name__} does not have.")
+        if name in tensors and tensors[name].shape[dim] != want:
+            found = tensors[name].shape[dim]
+            raise SlimFileError(f"{name!r} has length {found} along dim {dim} where the plan leaves {want}.")
+
+
+def _packed(model: nn.Module, tensors: dict[str, Tensor], plan: SparsityPlan) -> dict[str, Tensor]:
+    """Kept values and bitmaps, by the names that they have in the file."""
+    try:
+        check_masks(model, plan)
+    except PlanError as error:
+        raise SlimFileError(str(error)) from error
+    packed = {}
+    for name, bits in plan.kept.items():
+        flat, kept = tensors[name].reshape(-1), bits.mask()
+        if flat[~kept].any():
+            count = int(flat[~kept].count_nonzero())
+            raise SlimFileError(f"{count} weights of {name!r} are not zero, though the plan masks them.")
+        packed[name], packed[name + BITMAP] = flat[kept], bits.to_plain()["bits"]
+    return packed
+
+
+def _unpacked(tensors: dict[str, Tensor], plan: SparsityPlan) -> dict[str, Tensor]:
+    """All tensors in their shapes again, without the bitmaps."""
+    bitmaps = {name + BITMAP for name in plan.kept}
+    whole = {name: tensor for name, tensor in tensors.items() if name not in bitmaps}
+    for name, bits in plan.kept.items():
+        values = tensors[name]
+        if tuple(values.shape) != (len(bits),):
+            raise PlanError(f"{name!r} has shape {tuple(values.shape)}, but its bitmap keeps {len(bits)} weights.")
+        flat = values.new_zeros(bits.size)
+        flat[bits.mask()] = values
+        whole[name] = flat.view(plan.shapes[name])
+    return whole
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -144,12 +194,12 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     return header, tensors
 
 
-def _check_tensors(path: Any, dense: dict[str, Tensor], found: dict[str, Tensor], plan: PruningPlan) -> None:
+def _check_tensors(path: Any, dense: dict[str, Tensor], found: dict[str, Tensor], lengths: dict[Member, int]) -> None:
     for name in sorted(dense.keys() ^ found.keys()):
         missing = "lacks" if name in dense else "holds a tensor that this model does not have:"
         raise SlimFileError(f"{os.fspath(path)} {missing} {name!r}.")
     for name, tensor in dense.items():
-        shape = [len(plan.kept.get((name, dim), range(size))) for dim, size in enumerate(tensor.shape)]
+        shape = [lengths.get((name, dim), size) for dim, size in enumerate(tensor.shape)]
         if list(found[name].shape) != shape:
             raise SlimFileError(
                 f"{name!r} has shape {tuple(found[name].shape)} in {os.fspath(path)}, not {tuple(shape)}."

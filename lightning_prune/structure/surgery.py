@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PlanError
 from lightning_prune.structure.plan import NOWHERE, PruningPlan, named_tensors, signature, submodule
+from lightning_prune.structure.sparsity import Plan, SparsityPlan, mask_
 
 
 class Cut(NamedTuple):
@@ -26,8 +27,10 @@ class Cut(NamedTuple):
 Cuts = dict[int, Cut]
 
 
-def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
+def prune_(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
     """Remove what the plan does not keep, in place.
+
+    Single weights become zero where they are, and nothing else changes. For channels:
 
     Parameter objects keep their identity, ``requires_grad`` and ties, so optimisers go on training them; their state
     (momenta and averages of the parameter's shape) is cut along; gradients of what is cut are dropped. LBFGS begins
@@ -54,12 +57,16 @@ def prune_(model: nn.Module, plan: PruningPlan, optimizers: Optimizer | Iterable
       (2): Linear(in_features=4, out_features=2, bias=True)
     ), True)
     """
+    optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    if isinstance(plan, SparsityPlan):
+        mask_(model, plan, optimizers)
+        return
     check_fits(model, plan)
     cuts: dict[str, Cuts] = {}
     for (name, dim), positions in plan.kept.items():
         into = torch.tensor(plan.merged[name, dim]) if (name, dim) in plan.summed else None
         cuts.setdefault(name, {})[dim] = Cut(torch.tensor(positions), into)
-    resize_(model, cuts, plan.numbers, (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers))
+    resize_(model, cuts, plan.numbers, optimizers)
 
 
 def resize_(
