@@ -29,15 +29,14 @@ class Grain(ABC):
 
     unit: ClassVar[str]
 
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        """Name and size of every group that takes part; none before :meth:`join`."""
+
     @property
     def channels(self) -> dict[str, structure.ChannelGroup]:
         """The channel groups that take part, by name."""
         return {}
-
-    @property
-    @abstractmethod
-    def sizes(self) -> Mapping[str, int]:
-        """Name and size of every group that takes part; none before :meth:`join`."""
 
     @abstractmethod
     def join(self, method: Method, graph: structure.ChannelGraph, label: str) -> None:
@@ -65,6 +64,7 @@ class Channels(Grain):
     unit = "channels"
 
     def __init__(self) -> None:
+        super().__init__()
         self._groups: dict[str, structure.ChannelGroup] = {}
 
     @property
@@ -72,14 +72,10 @@ class Channels(Grain):
         """See :class:`Grain`."""
         return self._groups
 
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """See :class:`Grain`."""
-        return {name: group.size for name, group in self._groups.items()}
-
     def join(self, method: Method, graph: structure.ChannelGraph, label: str) -> None:
         """See :class:`Grain`."""
         self._groups = taking_part(method, graph, label)
+        self.sizes = {name: group.size for name, group in self._groups.items()}
 
     def aim(self, method: Method, numbers: Numbers) -> list[Target]:
         """See :class:`Grain`."""
@@ -113,12 +109,8 @@ class Weights(Grain):
     unit = "weights"
 
     def __init__(self) -> None:
+        super().__init__()
         self._groups: dict[str, structure.WeightGroup] = {}
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """See :class:`Grain`."""
-        return {name: group.size for name, group in self._groups.items()}
 
     def join(self, method: Method, graph: structure.ChannelGraph, label: str) -> None:
         """See :class:`Grain`."""
@@ -130,6 +122,7 @@ class Weights(Grain):
         if not self._groups:
             known = ", ".join(group.name for group in layers.groups[:8]) or "none"
             raise ConfigurationError(f"{label} finds no layer whose weights it is to prune; trainable ones: {known}.")
+        self.sizes = {name: group.size for name, group in self._groups.items()}
 
     def aim(self, method: Method, numbers: Numbers) -> list[Target]:
         """See :class:`Grain`."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,13 +30,16 @@ from lightning_prune.reports import surgery_table
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.schedules import GReg1Schedule, GReg2Schedule
 from lightning_prune.structure import Bits, SparsityPlan, load_slim, save_slim
+from lightning_prune.structure.sparsity import plan_from_json
 from tests.callbacks.nets import image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
 from tests.callbacks.slimming import BATCHES, Task, assert_equal, run, weights
 from tests.callbacks.test_checkpointing import HOOKS, Resumable, checkpointed
+from tests.callbacks.two_ranks_weights import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the energy was left in the weights")  # after stages this short
 
+ROOT = Path(__file__).parents[2]
 LAYERS = ("conv1", "conv2", "head", "stem")
 PRECISIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "fp32": dict,
@@ -404,6 +410,27 @@ def test_the_same_callbacks_with_another_module_begin_anew(tmp_path: Path) -> No
     surgery, picker = surgeon(), magnitude()
     first, second = (run(tmp_path, surgery=surgery, picker=picker) for _ in range(2))
     assert_equal(weights(first.task), weights(second.task))
+
+
+# Two ranks.
+
+
+def test_two_ranks_are_one_and_resume(tmp_path: Path) -> None:
+    alone = train(tmp_path, 1)
+    plan = plan_from_json(alone["plan"])
+    command = [sys.executable, "-m", "tests.callbacks.two_ranks_weights", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    whole = ranks[0]["whole"]["weights"]
+    for found in (runs for rank in ranks for runs in rank.values()):
+        assert plan_from_json(found["plan"]) == plan
+        assert_equal(found["weights"], whole)
+        for name, mask in gone(plan).items():
+            assert not found["weights"][name].flatten()[mask].any()
+            assert not found["momenta"][name].flatten()[mask].any()
+    assert all(torch.allclose(weight, alone["weights"][name], atol=1e-6) for name, weight in whole.items())
 
 
 # What is written down.

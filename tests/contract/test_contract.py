@@ -340,5 +340,5 @@ def test_two_instances_share_nothing(row: str) -> None:
     assert first.state_key != second.state_key and ignored == ["3"]
     untouched = setting.build()
     assert untouched.phase == "wait"
-    with pytest.raises(PlanError, match="has picked no (channels|weights) yet"):
+    with pytest.raises(PlanError, match=r"has picked no (channels|weights) yet"):
         untouched.removal()
