@@ -2,6 +2,7 @@
 
 python benchmarks/digits.py                     all rows; each number is the mean (and the worst) of three seeds
 python benchmarks/digits.py l1 greg1-coupled    some of them
+python benchmarks/digits.py weights             single weights instead of channels
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ ROWS = (
     *("l1", "magnitude", "greg1-coupled", "greg1-published", "greg2-coupled", "greg2-published"),
     *("tpp-coupled", "tpp-published"),
 )
+WEIGHTS, WEIGHT_RATIO = ("magnitude-weights", "greg1-weights", "greg2-weights"), 0.9
+FORMS = {"": {}, "coupled": {"coupled": True}, "published": {"coupled": False}, "weights": {"granularity": "weight"}}
 COLUMNS = ("dense", "before surgery", "after surgery", "finetuned")
 
 
@@ -62,8 +65,8 @@ def plain_l1(model: LightningModule) -> list[float]:
 def in_one_fit(model: LightningModule, row: str) -> list[float]:
     """Dense epochs, as many of the method's stage, surgery, as many to finetune."""
     name, _, form = row.partition("-")
-    own = {"coupled": form == "coupled"} if form else {}
-    regulariser = METHODS[name](RATIO, start=EPOCHS, epochs=EPOCHS, **own)
+    ratio = WEIGHT_RATIO if form == "weights" else RATIO
+    regulariser = METHODS[name](ratio, start=EPOCHS, epochs=EPOCHS, **FORMS[form])
     pruning = StructuralPruning(monitor="val_acc", latency_batches=(), report_file=None)
     trainer_of(3 * EPOCHS, regulariser, pruning).fit(model, Digits())
     accuracy = pruning.report.accuracy if pruning.report is not None else {}
@@ -75,12 +78,12 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    table = Table(
-        title=f"Accuracy in percent, {RATIO:.0%} of the inner channels removed: mean (worst) of {len(SEEDS)} seeds"
-    )
+    single = sys.argv[1:] == ["weights"]
+    what = f"{WEIGHT_RATIO:.0%} of every layer's weights" if single else f"{RATIO:.0%} of the inner channels"
+    table = Table(title=f"Accuracy in percent, {what} removed: mean (worst) of {len(SEEDS)} seeds")
     for header in ("method", "optimiser", *COLUMNS):
         table.add_column(header)
-    for row in sys.argv[1:] or ROWS:
+    for row in WEIGHTS if single else sys.argv[1:] or ROWS:
         for optimizer in ("sgd", "adamw"):
             runs = []
             for seed in SEEDS:

@@ -77,6 +77,11 @@ class Regulariser(Method):
         return self._phase == "done"
 
     @property
+    def needs_channels(self) -> bool:
+        """Single weights hang together with nothing."""
+        return self.granularity == "channel"
+
+    @property
     def strength(self) -> float:
         """The strength that acts on the channels that will go, now."""
         return self._strength

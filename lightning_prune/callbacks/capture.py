@@ -29,12 +29,14 @@ class Capture:
         pl_module: the module in training.
         name: the pruned module's name inside ``pl_module``, ``""`` for itself. ``None`` takes the LightningModule if
             its ``forward`` is called, else its only outermost called child with parameters.
+        traces: whether anybody asks how channels hang together; otherwise the graph has none, and any forward pass
+            will do.
 
     Raises:
         ConfigurationError: no module has that name.
     """
 
-    def __init__(self, pl_module: LightningModule, name: str | None = None) -> None:
+    def __init__(self, pl_module: LightningModule, name: str | None = None, traces: bool = True) -> None:
         modules = dict(pl_module.named_modules())
         if name is not None and name not in modules:
             children = ", ".join(key for key, _ in pl_module.named_children())
@@ -42,6 +44,7 @@ class Capture:
                 f"module={name!r} is no part of the LightningModule; its children are: {children}."
             )
         self._pl_module = pl_module
+        self._traces = traces
         self._name = name
         self._graph: structure.ChannelGraph | None = None
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -113,8 +116,10 @@ class Capture:
         self._calls.clear()
         args, kwargs = self._inputs
         device = next((p.device.type for p in self.module.parameters()), "cpu")
-        with torch.autocast(device, enabled=False):
-            graph = structure.trace(self.module, args, kwargs or None)
+        graph = structure.ChannelGraph(self.module, (), {}, {})
+        if self._traces:
+            with torch.autocast(device, enabled=False):
+                graph = structure.trace(self.module, args, kwargs or None)
         self._graph = replace(graph, root=plain_name(self._name))
         self._compile_again()
         self._watch(self._name, self._called)

@@ -128,6 +128,11 @@ class StructuralPruning(PruningCallback):
         return self._done and self._dense is None
 
     @property
+    def needs_channels(self) -> bool:
+        """It takes what the regularisers have."""
+        return False
+
+    @property
     def report(self) -> PruningReport | None:
         """What surgery did, with the accuracy known so far; ``None`` before surgery and on other ranks than 0."""
         return self._report

@@ -40,6 +40,11 @@ class PruningCallback(Callback, ABC):
     def finished(self) -> bool:
         """Whether this callback has nothing left to do in this fit, so that nothing needs to be watched for it."""
 
+    @property
+    def needs_channels(self) -> bool:
+        """Whether it asks how channels hang together, so that the forward pass has to be traced."""
+        return True
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that shard parameters, and share the capture of the first pruning callback."""
         if stage != "fit":
@@ -55,7 +60,8 @@ class PruningCallback(Callback, ABC):
             names = {partner.module for partner in [self, *partners] if partner.module is not None}
             if len(names) > 1:
                 raise ConfigurationError(f"The pruning callbacks name different modules: {', '.join(sorted(names))}.")
-            self._capture = Capture(pl_module, next(iter(names), None))
+            traces = any(partner.needs_channels for partner in [self, *partners])
+            self._capture = Capture(pl_module, next(iter(names), None), traces)
         else:
             self._capture = first.capture
 

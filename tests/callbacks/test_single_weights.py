@@ -25,7 +25,7 @@ from lightning_prune.callbacks.checkpointing import history, load_from_checkpoin
 from lightning_prune.callbacks.greg import GReg1, GReg2
 from lightning_prune.callbacks.magnitude import Magnitude
 from lightning_prune.callbacks.structural import StructuralPruning
-from lightning_prune.errors import ConfigurationError, ProofError
+from lightning_prune.errors import ConfigurationError, ProofError, TraceError
 from lightning_prune.reports import surgery_table
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.schedules import GReg1Schedule, GReg2Schedule
@@ -298,6 +298,21 @@ def test_surgery_at_an_epoch_of_choice_and_early_stopping_waits(tmp_path: Path) 
     with pytest.warns(UserWarning, match="EarlyStopping on 'val_acc' would have ended this run"):
         run(tmp_path, zeros, stopper, surgery=surgery, picker=magnitude(epochs=1), max_epochs=9)
     assert zeros.fractions == [0.0] * 3 * BATCHES + [0.5] * 2 * BATCHES
+
+
+def test_no_forward_pass_has_to_be_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing hangs together, so a network may do in its forward what nobody can follow."""
+
+    def fail(*_: Any) -> Any:
+        raise TraceError("The model can't be watched.")
+
+    monkeypatch.setattr("lightning_prune.structure.trace", fail)
+    with pytest.raises(TraceError):
+        run(tmp_path, surgery=surgeon(), picker=Magnitude(0.5, epochs=2))
+    surgery = surgeon()
+    zeros = Zeros(surgery)
+    run(tmp_path, zeros, surgery=surgery, picker=magnitude())
+    assert zeros.seen == [True] * 2 * BATCHES
 
 
 # Weight averages, checkpoints, further fits.
