@@ -110,11 +110,12 @@ class Weights(Grain):
 
     def __init__(self) -> None:
         super().__init__()
+        self._graph: structure.WeightGraph | None = None
         self._groups: dict[str, structure.WeightGroup] = {}
 
     def join(self, method: Method, graph: structure.ChannelGraph, label: str) -> None:
         """See :class:`Grain`."""
-        layers = weight_graph(graph)
+        self._graph = layers = weight_graph(graph)
         # where no ratio is given the method decides how much goes, not whether
         ratio = 0.5 if method.ratio is None else method.ratio
         shares = structure.select(layers, ratio, ratios=method.ratios, ignore=method.ignore, scope="all")
@@ -137,7 +138,8 @@ class Weights(Grain):
         self, method: Method, graph: structure.ChannelGraph, ratio: float, score: str, share: float, seed: int
     ) -> Numbers:
         """See :class:`Grain`."""
-        layers, ratios = weight_graph(graph), _shared(method, share)
+        # as they were in the beginning: a layer that has been frozen since takes part all the same
+        layers, ratios = self._graph or weight_graph(graph), _shared(method, share)
         return structure.pick_weights(
             layers, ratio * share, score=score, ratios=ratios, ignore=method.ignore, seed=seed
         )

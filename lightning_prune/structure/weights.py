@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -64,7 +63,8 @@ class WeightGraph:
         Raises:
             PlanError: for an unknown group, or one that would lose all its weights.
         """
-        known, tensors = {group.name: group.parameter for group in self.groups}, named_tensors(self.model)
+        # a layer may have been frozen since its weights were picked
+        known, tensors = {label_of(name): name for name in _names_of_weights(self.model)}, named_tensors(self.model)
         for name in removed:
             if name not in known:
                 raise PlanError(f"There is no layer {name!r} with weights to mask; there are {', '.join(known)}.")
@@ -86,21 +86,28 @@ def weights_of(model: nn.Module, root: str = "") -> WeightGraph:
     >>> [(group.name, group.size) for group in weights_of(net).groups]
     [('0', 18)]
     """
+    tensors = named_tensors(model)
+    groups = [
+        WeightGroup(label_of(name), name, tensors[name].numel(), tuple(called))
+        for name, called in _names_of_weights(model).items()
+        if tensors[name].requires_grad
+    ]
+    return WeightGraph(model, tuple(groups), root)
+
+
+def _names_of_weights(model: nn.Module) -> dict[str, list[str]]:
+    """Parameters that layers multiply with, by their first names: every name by which patterns may call them."""
     first = {id(tensor): name for name, tensor in named_tensors(model).items()}
     names: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _TABLES_AND_NORMS):
             continue
         for key, parameter in module._parameters.items():
-            if parameter is not None and _multiplies(key, parameter):
+            if parameter is not None and parameter.dim() >= 2 and _is_weight(key):
                 own = plain_name(f"{path}.{key}" if path else key)
                 names.setdefault(first[id(parameter)], []).append(label_of(own))
-                sizes[first[id(parameter)]] = parameter.numel()
-    groups = (WeightGroup(label_of(name), name, sizes[name], tuple(names[name])) for name in names)
-    return WeightGraph(model, tuple(groups), root)
+    return names
 
 
-def _multiplies(key: str, parameter: Any) -> bool:
-    is_weight = key == "weight" or key.endswith("_weight") or key.startswith(_RECURRENT)
-    return is_weight and parameter.dim() >= 2 and bool(parameter.requires_grad)
+def _is_weight(key: str) -> bool:
+    return key == "weight" or key.endswith("_weight") or key.startswith(_RECURRENT)

@@ -285,6 +285,30 @@ def test_ratios_and_patterns(tmp_path: Path) -> None:
     assert str(surgery.plan) == "net.conv1  576 -> 144\nnet.conv2  576 -> 144"
 
 
+def test_a_layer_frozen_after_the_pick_is_masked_all_the_same(tmp_path: Path) -> None:
+    class Freeze(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                pl_module.get_submodule("net.conv2").requires_grad_(False)
+
+    surgery = surgeon()
+    zeros = Zeros(surgery)
+    run(tmp_path, zeros, Freeze(), surgery=surgery, picker=magnitude(epochs=3, steps=3), max_epochs=5)
+    assert zeros.seen == [True] * 2 * BATCHES
+    assert surgery.plan is not None and surgery.plan.sparsity()["net.conv2"] == 0.5
+
+
+def test_a_compiled_network(tmp_path: Path) -> None:
+    task, surgery = seeded(Task), surgeon()
+    task.net.conv1 = torch.compile(task.net.conv1, backend="eager")  # type: ignore[assignment]
+    task.net = torch.compile(task.net, backend="eager")  # type: ignore[assignment]
+    run(tmp_path, surgery=surgery, picker=magnitude(ignore=["net.stem"]), task=task)
+    plain = run(tmp_path, surgery=surgeon(), picker=magnitude(ignore=["stem"]))
+    assert surgery.plan is not None and surgery.plan.sparsity() == {f"net.{layer}": 0.5 for layer in LAYERS[:3]}
+    pairs = zip(task.parameters(), plain.task.parameters(), strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
+
+
 def test_two_regularisers_make_one_plan(tmp_path: Path) -> None:
     surgery = surgeon()
     first, second = magnitude(0.5, ignore=["conv2"]), METHODS["greg1"](ignore=["stem", "conv1", "head"])
