@@ -1,4 +1,4 @@
-"""Which channels hang together, which go, and the proof that it made no difference.
+"""Which channels hang together, which of them (or which single weights) go, and the proof that it made no difference.
 
 Works on any ``torch.nn.Module`` and knows neither penalties nor Lightning.
 """
