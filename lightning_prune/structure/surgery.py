@@ -96,6 +96,8 @@ def resize_(
 
 def check_fits(model: nn.Module, plan: PruningPlan) -> None:
     """Raise :class:`PlanError`, naming the first tensor that does not fit, unless the plan is for such a model."""
+    if isinstance(plan, SparsityPlan):
+        raise PlanError("A plan of single weights cuts no channel and needs no proof; prune_ applies it as it is.")
     tensors = named_tensors(model)
     for (name, dim), size in plan.sizes.items():
         if name not in tensors:

@@ -21,6 +21,7 @@ from lightning_prune.structure import (
     choose_weights,
     load_slim,
     pick_weights,
+    prove,
     prune_,
     save_slim,
     weights_of,
@@ -223,6 +224,12 @@ def test_a_plan_for_another_model_changes_nothing() -> None:
         with pytest.raises(PlanError, match=message):
             prune_(other, plan)
         assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
+def test_there_is_nothing_to_prove() -> None:
+    net = seeded(conv_net)
+    with pytest.raises(PlanError, match="single weights cuts no channel"):
+        prove(net, choose_weights(net, 0.5), torch.zeros(2, 3, 6, 6))  # type: ignore[arg-type]
 
 
 # On disk.
