@@ -8,10 +8,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
+from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.checkpointing import AppliedPlan, attach_, detach_, history, remember_
+from lightning_prune.callbacks.neighbours import callbacks_of
+from lightning_prune.callbacks.permanence import PermanentMask
 from lightning_prune.errors import ConfigurationError, SlimFileError
-from lightning_prune.structure import load_slim, read_slim_header, read_slim_plan, signature
+from lightning_prune.structure import Plan, SparsityPlan, load_slim, read_slim_header, read_slim_plan, signature
 from lightning_prune.structure.plan import submodule
 
 
@@ -19,9 +23,10 @@ class LoadPruned(Callback):
     """Turns any Trainer, or LightningCLI config, into the finetune stage of a slim file.
 
     Shapes and weights are those of the file before the optimiser is built and DDP wraps the module, on every rank and
-    in every launcher. A module that has been through the file's plan already (a second ``fit``, ``test`` after
-    ``fit``, one that :func:`~lightning_prune.load_slim` made) is left as it is. Checkpoints carry the plan, so that
-    they resume and load like any other.
+    in every launcher. Single weights that the file has at zero stay there while the run trains. A module that has been
+    through the file's plan already (a second ``fit``, ``test`` after ``fit``, one that
+    :func:`~lightning_prune.load_slim` made) is left as it is. Checkpoints carry the plan, so that they resume and load
+    like any other.
 
     Launchers that train in child processes (``ddp_spawn``, ``ddp_fork``, notebooks) bring no slim weights back into a
     dense module of the main process: call ``load_slim`` on it before, or use the checkpoint.
@@ -32,7 +37,8 @@ class LoadPruned(Callback):
 
     Raises:
         SlimFileError: where the file is damaged, foreign, or belongs to another model; before the first step.
-        ConfigurationError: where the module has no submodule of that name.
+        ConfigurationError: where the module has no submodule of that name, or a regulariser is to remove channels of a
+            network whose single weights stay at zero.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[LoadPruned("slim.safetensors")], logger=False, enable_checkpointing=False)
@@ -43,6 +49,7 @@ class LoadPruned(Callback):
         self.path = os.fspath(path)
         self.module = module
         self._has_cut = False
+        self._permanent = PermanentMask()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the module slim, once."""
@@ -53,20 +60,45 @@ class LoadPruned(Callback):
             raise ConfigurationError(
                 f"module={self.module!r} is no part of the LightningModule; its children are: {children}."
             ) from None
+        plan = read_slim_plan(self.path)
+        _refuse_mixture(trainer, plan)
         if not history(pl_module):
-            header = read_slim_header(self.path)
-            self._has_cut = header.get("signature") != signature(network)
-            plan = load_slim(self.path, network) if self._has_cut else read_slim_plan(self.path)
+            self._has_cut = read_slim_header(self.path).get("signature") != signature(network)
+            if self._has_cut or isinstance(plan, SparsityPlan):  # which no signature shows
+                load_slim(self.path, network)
             remember_(pl_module, self.module, plan)
-        elif AppliedPlan(self.module, read_slim_plan(self.path)) not in history(pl_module):
+        elif AppliedPlan(self.module, plan) not in history(pl_module):
             raise SlimFileError(f"{self.path} belongs to a dense module; this one is slim by another plan already.")
         attach_(pl_module)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to keep masked weights at zero."""
+        self._permanent.hold_(submodule(pl_module, self.module), read_slim_plan(self.path), trainer.optimizers)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Set the gradients of masked weights to zero."""
+        self._permanent.before_step(optimizer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._permanent.let_go()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing behind except, on a slim module, the plan in its checkpoints."""
+        self._permanent.let_go()
         detach_(pl_module)
         if self._has_cut and stage == "fit":
             bring_nothing_back_(trainer, pl_module)
+
+
+def _refuse_mixture(trainer: Trainer, plan: Plan) -> None:
+    if isinstance(plan, SparsityPlan) and any(
+        isinstance(callback, Regulariser) and callback.granularity == "channel" for callback in callbacks_of(trainer)
+    ):
+        raise ConfigurationError(
+            "The file's mask of single weights stays as it is, so no channels can be removed in this run; with"
+            " load_slim instead of LoadPruned they can."
+        )
 
 
 def bring_nothing_back_(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_prune.callbacks import operation
 from lightning_prune.callbacks.checkpointing import history, load_from_checkpoint
 from lightning_prune.callbacks.greg import GReg1, GReg2
+from lightning_prune.callbacks.loading import LoadPruned
 from lightning_prune.callbacks.magnitude import Magnitude
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, ProofError, TraceError
@@ -34,7 +35,7 @@ from lightning_prune.structure.sparsity import plan_from_json
 from tests.callbacks.nets import image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
 from tests.callbacks.slimming import BATCHES, Task, assert_equal, run, weights
-from tests.callbacks.test_checkpointing import HOOKS, Resumable, checkpointed
+from tests.callbacks.test_checkpointing import HOOKS, Keeper, Resumable, checkpointed
 from tests.callbacks.two_ranks_weights import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the energy was left in the weights")  # after stages this short
@@ -504,6 +505,35 @@ def test_a_weight_that_is_not_zero_stops_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(operation, "prune_", lambda *_: None)
     with pytest.raises(ProofError, match=r"288 weights of 'conv1\.weight' should be zero"):
         run(tmp_path, picker=magnitude(), surgery=surgeon())
+
+
+def test_a_run_from_the_slim_file_keeps_its_zeros(tmp_path: Path) -> None:
+    first = run(tmp_path, picker=magnitude(), surgery=surgeon())
+    assert first.surgery.plan is not None
+    save_slim(first.task, tmp_path / "sparse.safetensors", first.surgery.plan)
+
+    def finetuned(task: Task, path: Path | None = None) -> Task:
+        zeros, keeper = list[bool](), Keeper(tmp_path / "kept")
+
+        class Look(Callback):
+            def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+                plan = first.surgery.plan
+                zeros.append(all_zero(pl_module, plan) and no_momenta(trainer, pl_module, plan))
+
+        loading = LoadPruned(tmp_path / "sparse.safetensors")
+        trainer = quiet_trainer(loading, Look(), keeper, max_epochs=2, enable_checkpointing=True)
+        trainer.fit(task, image_loader(BATCHES), image_loader(1), ckpt_path=path)
+        assert zeros == [True] * BATCHES * (2 if path is None else 1)
+        assert not trainer.optimizers[0]._optimizer_step_post_hooks
+        return task
+
+    whole = finetuned(seeded(Task, seed=1))
+    assert [entry.plan for entry in history(whole)] == [first.surgery.plan]
+    resumed = finetuned(seeded(Task, seed=2), tmp_path / "kept" / f"{BATCHES}.ckpt")
+    assert_equal(weights(resumed), weights(whole))
+    mixed = quiet_trainer(GReg1(0.5, epochs=2), LoadPruned(tmp_path / "sparse.safetensors"), max_epochs=3)
+    with pytest.raises(ConfigurationError, match="no channels can be removed in this run"):
+        mixed.fit(seeded(Task), image_loader(1), image_loader(1))
 
 
 # At the door.
