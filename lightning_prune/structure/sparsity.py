@@ -104,8 +104,10 @@ class SparsityPlan:
             PlanError: where they are no plan, or one of another version.
         """
         try:
-            if outline["version"] != VERSION:
+            if type(outline["version"]) is not int or outline["version"] != VERSION:
                 raise PlanError(f"This plan has version {outline['version']!r}; this library reads version {VERSION}.")
+            if not isinstance(outline["signature"], str):
+                raise PlanError(f"The signature of a sparsity plan must be text, not {outline['signature']!r}.")
             shapes = {name: tuple(shape) for name, shape in outline["shapes"].items()}
             kept = {name: Bits(math.prod(shape), packed[name]) for name, shape in shapes.items()}
             return cls(kept, shapes, outline["signature"])

@@ -155,6 +155,8 @@ def test_a_plan_survives_json_and_says_what_it_leaves() -> None:
             '{"bitmaps": {}, "version": 9}',
         ),
         '{"bitmaps": {}, "version": 1, "signature": "", "shapes": {"a": [2]}}',
+        '{"bitmaps": {}, "version": true, "signature": "", "shapes": {}}',
+        '{"bitmaps": {}, "version": 1, "signature": 7, "shapes": {}}',
     ],
 )
 def test_what_is_no_plan_is_refused(text: str) -> None:
