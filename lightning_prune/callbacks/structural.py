@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.accuracy import AccuracyColumns
 from lightning_prune.callbacks.base import Regulariser
-from lightning_prune.callbacks.checkpointing import attach_, detach_
+from lightning_prune.callbacks.checkpointing import attach_, detach_, history
 from lightning_prune.callbacks.decision import Decision, decide, find_partners
 from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
 from lightning_prune.callbacks.finetune import FinetuneStage
@@ -25,6 +25,7 @@ from lightning_prune.callbacks.horizon import (
     refuse_late_surgery,
     remaining_steps,
 )
+from lightning_prune.callbacks.loading import bring_nothing_back_
 from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of
 from lightning_prune.callbacks.operation import held_parameters, on_first_rank, operate_, refuse_orphans
 from lightning_prune.callbacks.permanence import PermanentMask
@@ -104,6 +105,7 @@ class StructuralPruning(PruningCallback):
         self._permanent = PermanentMask()
         self._partners: list[Regulariser] = []
         self._fit: tuple[Any, Any] | None = None
+        self._began_slim = False
         self._forget()
 
     def _forget(self) -> None:
@@ -143,6 +145,7 @@ class StructuralPruning(PruningCallback):
         """Let the plan travel in checkpoints; refuse what can't work; begin anew with another trainer or module."""
         super().setup(trainer, pl_module, stage)
         attach_(pl_module)
+        self._began_slim = bool(history(pl_module))
         if stage != "fit":
             return
         fit = (weakref.ref(trainer), weakref.ref(pl_module))
@@ -308,6 +311,8 @@ class StructuralPruning(PruningCallback):
         """Leave nothing behind except, on a slim module, the plan in its checkpoints."""
         super().teardown(trainer, pl_module, stage)
         self._let_go(pl_module)
+        if stage == "fit" and not self._began_slim and history(pl_module):
+            bring_nothing_back_(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same after an error."""

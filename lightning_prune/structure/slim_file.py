@@ -38,7 +38,8 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **m
         model: the slim model.
         path: of the file.
         plan: that turned the dense model into this one, by channels or by single weights.
-        metadata: anything that JSON can hold, such as accuracies.
+        metadata: anything that JSON can hold, such as accuracies, or that has a ``to_json``: a report, say, with the
+            error of the proof and the metrics.
 
     Raises:
         SlimFileError: where the model is not what the plan leaves, or the metadata can't be written as JSON.
@@ -52,12 +53,11 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **m
         "version": VERSION,
         "plan": plan.outline() if isinstance(plan, SparsityPlan) else json.loads(plan.to_json()),
         "signature": signature(model),
-        "digest": _digest(tensors),
         "versions": {"torch": torch.__version__, "safetensors": safetensors.__version__},
-        "metadata": metadata,
+        "metadata": {name: _plain(value) for name, value in metadata.items()},
     }
     try:
-        text = json.dumps(header, sort_keys=True)
+        text = json.dumps({**header, "digest": _digest(header, tensors)}, sort_keys=True)
     except TypeError as error:
         raise SlimFileError(f"The metadata must be what JSON can hold: {error}.") from error
     target = Path(path)
@@ -65,6 +65,7 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **m
     os.close(handle)
     try:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, draft, metadata={KEY: text})
+        os.chmod(draft, 0o644)
         Path(draft).replace(target)
     except BaseException:
         Path(draft).unlink(missing_ok=True)
@@ -184,13 +185,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         raise SlimFileError(f"{name} is a safetensors file, but not one that save_slim wrote.")
     try:
         header: dict[str, Any] = json.loads(metadata[KEY])
-        version, digest = header["version"], header["digest"]
+        version, digest = header["version"], header.pop("digest")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise SlimFileError(f"The header of {name} is damaged: {error}.") from error
     if version != VERSION:
         raise SlimFileError(f"{name} has version {version!r}; this library reads version {VERSION}.")
-    if digest != _digest(tensors):
-        raise SlimFileError(f"The weights in {name} are not those that were written; the file is damaged.")
+    if digest != _digest(header, tensors):
+        raise SlimFileError(f"The contents of {name} are not those that were written; the file is damaged.")
     return header, tensors
 
 
@@ -212,9 +213,14 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named_tensors(model).items() if name in names}
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    whole = hashlib.sha256()
+def _plain(value: Any) -> Any:
+    return json.loads(value.to_json()) if hasattr(value, "to_json") else value
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Of everything in the file: header, names, shapes, types and bytes."""
+    whole = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        whole.update(name.encode())
+        whole.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
         whole.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()

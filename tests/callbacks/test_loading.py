@@ -15,11 +15,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_prune.callbacks.checkpointing import load_from_checkpoint
 from lightning_prune.callbacks.loading import LoadPruned
+from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, SlimFileError
 from lightning_prune.structure import choose, load_slim, prune_, save_slim, trace
 from tests.callbacks.nets import image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
-from tests.callbacks.slimming import BATCHES, Task, Watch, assert_equal, weights
+from tests.callbacks.slimming import BATCHES, Picker, Task, Watch, assert_equal, weights
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -83,6 +84,7 @@ def test_validation_test_and_prediction_see_the_slim_network(file: Path) -> None
         ("ddp_spawn", "slim", [4, True]),
         ("ddp_fork", "dense", [8, False]),
         ("ddp_notebook", "slim", [4, True]),
+        ("ddp_spawn", "pruned", [8, False]),
     ],
 )
 def test_every_launcher(file: Path, strategy: str, before: str, main: list[Any]) -> None:
@@ -90,7 +92,7 @@ def test_every_launcher(file: Path, strategy: str, before: str, main: list[Any])
     command = [sys.executable, "-W", "ignore", "-m", "tests.callbacks.test_loading", str(file), strategy, before]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert found == [[4.0, *main]] * (2 if strategy == "ddp" else 1)
 
 
@@ -130,9 +132,14 @@ class Width(Callback):
 def launched(file: str, strategy: str, before: str) -> None:
     """Train on two processes; what the main process knows afterwards goes to standard output."""
     task = seeded(Task)
+    settings: dict[str, Any] = {"max_epochs": 2, "strategy": strategy, "devices": 2, "limit_val_batches": 0}
     if before == "slim":
         load_slim(file, task.net)
-    run, *_ = slim(Path(file), task, Width(), max_epochs=1, strategy=strategy, devices=2)
+    if before == "pruned":
+        surgery = StructuralPruning(latency_batches=(), report_file=None)
+        run = quiet_trainer(Picker(epochs=1), surgery, Width(), **settings)
+    else:
+        run, *_ = slim(Path(file), task, Width(), **settings)
     run.fit(task, image_loader(BATCHES))
     moved = not torch.equal(task.net.stem.weight, torch.as_tensor(seeded(Task).net.stem.weight))
     found = run.callback_metrics["width"].item(), task.net.conv1.weight.shape[0], moved

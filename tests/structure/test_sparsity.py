@@ -290,7 +290,8 @@ def changed(path: Path, target: Path, change: Any) -> Path:
         header = json.loads(file.metadata()[KEY])
     tensors: dict[str, Tensor] = load_file(path)
     change(tensors, header)
-    save_file(tensors, target, metadata={KEY: json.dumps({**header, "digest": _digest(tensors)})})
+    del header["digest"]
+    save_file(tensors, target, metadata={KEY: json.dumps({**header, "digest": _digest(header, tensors)})})
     return target
 
 
