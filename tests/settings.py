@@ -212,6 +212,9 @@ SETTINGS = {
     "magnitude in steps": Setting(Magnitude, {"epochs": EPOCHS, "steps": 3, "score": "l2"}),
     "magnitude on weights": Setting(Magnitude, {"epochs": EPOCHS, "steps": 3, "granularity": "weight"}, **SINGLE),
     "mask_sparsity": Setting(MaskSparsity, {"epochs": EPOCHS}, absolute("weight", "bias"), exact=True),
+    "mask_sparsity, in passes": Setting(
+        MaskSparsity, {"epochs": EPOCHS, "passes": 2}, absolute("weight", "bias"), exact=True
+    ),
     "mask_sparsity, scales alone": Setting(
         MaskSparsity, {"epochs": EPOCHS, "penalize_bias": False}, absolute("weight")
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, final
 
 import torch
@@ -90,6 +90,8 @@ class MaskSparsity(Regulariser):
         epochs: length of the sparse stage, global stage and hold included.
         global_epochs: epochs at the beginning of the sparse stage in which all scales are penalised.
         mask_at: epochs of the trainer at whose beginning the mask is made again, inside the masked stage.
+        passes: equal parts of the masked stage; each masks anew, beside what the parts before it have brought to zero,
+            and the share that is left falls to its value by equal factors.
         restart_from: weights from which the masked stage sets out after the global stage: ``"baseline"``, those at the
             beginning of the sparse stage, or a path to a checkpoint or a ``state_dict``; ``None`` goes on with those
             that the global stage leaves.
@@ -128,6 +130,8 @@ class MaskSparsity(Regulariser):
     _chosen: dict[str, list[int]] | None  # made before a restart, for the pick right after it
     _baseline: dict[str, Tensor]  # to go back to, on the CPU
     _folded: tuple[str, ...]  # groups that nobody reads any more
+    _emptied: dict[str, Sequence[int]]  # channels that earlier passes have brought to zero
+    _zeros: list[Target] | None  # what they have
     _weighed: tuple[float, list[Tensor]] | None
 
     def __init__(
@@ -139,6 +143,7 @@ class MaskSparsity(Regulariser):
         macs: float | None = None,
         global_epochs: int = 0,
         mask_at: Sequence[int] = (),
+        passes: int = 1,
         restart_from: str | None = None,
         penalize_bias: bool = True,
         fold_constant: bool = False,
@@ -176,6 +181,10 @@ class MaskSparsity(Regulariser):
             list(mask_at) == sorted(set(mask_at)) and all(first <= epoch <= last for epoch in mask_at),
             f"mask_at={list(mask_at)} must be ascending epochs from {first} to {last}, inside the masked stage.",
         )
+        is_count = isinstance(passes, Integral) and passes >= 1
+        check(
+            is_count and not (passes > 1 and mask_at), f"passes={passes!r} must be at least 1, and 1 with mask_at=...."
+        )
         check(
             restart_from is None or global_epochs > 0,
             f"restart_from={restart_from!r} needs a global stage before it: give global_epochs=....",
@@ -189,6 +198,7 @@ class MaskSparsity(Regulariser):
         self.macs = macs
         self.global_epochs = global_epochs
         self.mask_at = tuple(mask_at)
+        self.passes = passes
         self.restart_from = restart_from
         self.penalize_bias = penalize_bias
         self.fold_constant = fold_constant
@@ -203,6 +213,10 @@ class MaskSparsity(Regulariser):
         length, epochs = steps or 1, self.epochs or 1
         moments = [self.global_epochs, *(epoch - self.start for epoch in self.mask_at)]
         picks = tuple(length * moment // epochs for moment in moments)
+        if self.passes > 1:
+            masked = length - picks[0]
+            check(masked >= 2 * self.passes, f"passes={self.passes} need at least two optimiser steps each.")
+            picks = tuple(picks[0] + masked * number // self.passes for number in range(self.passes))
         hold = 0 if self.constants is not None else max(1, round(HOLD * (length - picks[-1])))
         return MaskStage(length, picks, hold)
 
@@ -242,6 +256,8 @@ class MaskSparsity(Regulariser):
         """The channels of smallest scale: as many as the ratios say, all up to the threshold, or down to the MACs."""
         if self._chosen is not None:
             return self._chosen
+        if self.passes > 1:
+            self._emptied, self._zeros = dict(self._picked), None
         scales = {name: scales_of(group, self._parameters) for name, group in self._groups.items()}
         if self.macs is not None:
             return on_first_rank(self._run()[0], lambda: self._within_macs(graph, scales)) or {}
@@ -267,7 +283,7 @@ class MaskSparsity(Regulariser):
             self._masked_at = self._checked_at = step
             self._chosen = self._weighed = None
             self._warn_of_constants()
-            self._record = self._derive(self._schedule.last_event - step)
+            self._record = self._derive(self._end_of_part() - step)
         elif self._is_check(step):
             self._checked_at = step
             largest = self.agreed(self._largest())
@@ -299,6 +315,10 @@ class MaskSparsity(Regulariser):
                 soft_threshold_(own, [group["lr"] * weights[id(parameter)] for parameter in own])
         if self._picked and self._step is not None and self._step >= self._schedule.last_event:
             zero_out_(self._silent())
+        elif self._emptied and self._schedule.hold:
+            if self._zeros is None:
+                self._zeros = aim(self._emptied, self._groups, self.reach, self._parameters)
+            zero_out_(self._zeros)
 
     def end_epoch(self, finished: int) -> None:
         """At the end of the global stage, decide the mask and go back to the weights from which to set out."""
@@ -333,6 +353,7 @@ class MaskSparsity(Regulariser):
             "chosen": self._chosen,
             "baseline": self._baseline,
             "folded": list(self._folded),
+            "emptied": {name: list(channels) for name, channels in self._emptied.items()},
         }
 
     def remember(self, memory: dict[str, Any]) -> None:
@@ -343,6 +364,7 @@ class MaskSparsity(Regulariser):
         self._chosen = memory["chosen"]
         self._baseline = memory["baseline"]
         self._folded = tuple(memory["folded"])
+        self._emptied = {name: tuple(channels) for name, channels in memory["emptied"].items()}
 
     def _forget(self) -> None:
         super()._forget()
@@ -352,25 +374,30 @@ class MaskSparsity(Regulariser):
         self._chosen = None
         self._baseline = {}
         self._folded = ()
+        self._emptied = {}
 
     def _leave(self) -> None:
         super()._leave()
         self._weighed = None
+        self._zeros = None
 
     # The mask.
 
     def _doomed(self, graph: structure.ChannelGraph, scales: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """Who goes by the ratios or the threshold, the smallest first."""
-        shares = structure.select(graph, self.ratio or 0.5, ratios=self.ratios, ignore=self.ignore, scope=self.scope)
+        ratios = {pattern: self._so_far(ratio) for pattern, ratio in (self.ratios or {}).items()}
+        ratio = self._so_far(self.ratio or 0.5)
+        shares = structure.select(graph, ratio, ratios=ratios, ignore=self.ignore, scope=self.scope)
         counts = {n: group.size - structure.kept_channels(group.size, shares[n]) for n, group in self._groups.items()}
         rule = self.group_rule
         return {name: doomed_channels(scales[name], counts[name], self.threshold, rule) for name in self._groups}
 
     def _within_macs(self, graph: structure.ChannelGraph, scales: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """As few channels as the MACs allow, beside those that have a ratio of their own."""
-        target, inputs = self.macs, self.capture.inputs
-        if target is None or inputs is None:
+        inputs = self.capture.inputs
+        if self.macs is None or inputs is None:
             raise PlanError(f"{self._label} has seen no batch yet, on which it could count MACs.")
+        target = 1 - self._so_far(1 - self.macs)
         own = [
             name for name, group in self._groups.items() if any(matches(graph, group, key) for key in self.ratios or {})
         ]
@@ -380,6 +407,16 @@ class MaskSparsity(Regulariser):
         counts = f"{sum(map(len, found.values()))} of {sum(group.size for group in self._groups.values())} channels"
         rank_zero_info(f"{self._label}: without {counts} {left:.4g} of the network's MACs are left.")
         return found
+
+    def _so_far(self, gone: float) -> float:
+        """Share that goes up to the present pass, where so much goes in all: what is left falls by equal factors."""
+        begun = sum(pick <= (self._step or 0) for pick in self._schedule.picks) if self.passes > 1 else 1
+        return gone if begun >= self.passes else 1 - float((1 - gone) ** (max(1, begun) / self.passes))
+
+    def _end_of_part(self) -> int:
+        """The step before which the scales of the present mask should be gone."""
+        later = (pick for pick in self._schedule.picks if self.passes > 1 and pick > (self._masked_at or 0))
+        return int(next(later, self._schedule.last_event))
 
     # What comes before and after.
 
@@ -462,7 +499,9 @@ class MaskSparsity(Regulariser):
     def _is_check(self, step: int) -> bool:
         if self.constants is not None or self._masked_at is None:
             return False
-        moments = self._record.checks(self._schedule.length - self._masked_at)
+        end = self._end_of_part()
+        end = end if end < self._schedule.last_event else int(self._schedule.length)
+        moments = self._record.checks(end - self._masked_at)
         return any(self._checked_at < self._masked_at + moment <= step for moment in moments)
 
     @torch.no_grad()

@@ -206,6 +206,41 @@ def test_the_mask_is_frozen_and_made_again_where_asked() -> None:
     assert removal_error(model, method) < 1e-6
 
 
+@pytest.mark.parametrize("target", [{"ratio": 0.75}, {"macs": 0.4}, {"ratio": None, "threshold": 0.4}], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_every_pass_begins_with_what_the_last_one_left(target: dict[str, Any], optimizer: str) -> None:
+    """Equal factors, 5 and 4 of 8 channels twice; what is gone is zero from the next pass on, and goes in the end."""
+    model = seeded(net)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(0.3, 1.0, 8))
+    method = MaskSparsity(**target, epochs=6, passes=3, ignore=["3"] if "ratio" in target else ())
+    diary = fit(method, model, optimizer=optimizer, max_epochs=6)
+    parts = list(dict.fromkeys(str(picked) for picked in diary.picked))
+    assert len(parts) == (1 if "threshold" in target else 3)
+    assert [number for number in range(1, 48) if diary.picked[number] != diary.picked[number - 1]] == (
+        [] if "threshold" in target else [16, 32]
+    )
+    if target.get("ratio"):
+        assert [len(diary.picked[step]["0"]) for step in (0, 16, 32)] == [3, 5, 6]
+    for earlier, later in ((0, 16), (16, 32)):
+        assert all(set(gone) <= set(diary.picked[later][name]) for name, gone in diary.picked[earlier].items())
+    assert removal_error(model, method) < 1e-6
+
+
+def test_passes_stay_at_zero_between_masks() -> None:
+    model, seen = seeded(net), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, run: Any, pl_module: Any, *_: Any) -> None:
+            gone = [number for numbers in method._emptied.values() for number in numbers]
+            seen.append([model[1].weight[gone].abs().sum().item(), model[1].bias[gone].abs().sum().item(), len(gone)])
+
+    method = MaskSparsity(0.75, epochs=4, passes=2, ignore=["3"])
+    fit(method, model, callbacks=[Look()], max_epochs=4)
+    assert [row[2] for row in seen] == [0] * 16 + [4] * 16
+    assert all(row[:2] == [0, 0] for row in seen[:16]) and all(row[:2] == [0, 0] for row in seen[16:])
+
+
 @pytest.mark.parametrize(("rule", "gone"), [("mean", (0, 2)), ("vote", (0, 3))])
 def test_norms_of_one_stream_share_a_mask(rule: Any, gone: tuple[int, ...]) -> None:
     model = seeded(Residual)
@@ -387,6 +422,8 @@ def test_a_second_pass_sets_out_from_a_slim_file(tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs=0"),
         ({"global_epochs": 4}, r"global_epochs=4 must lie in \[0, 4\)"),
         ({"global_epochs": -1}, "global_epochs=-1"),
+        ({"passes": 0}, "passes=0 must be at least 1"),
+        ({"passes": 2, "mask_at": [1]}, "and 1 with mask_at"),
         ({"mask_at": [0]}, r"mask_at=\[0\] must be ascending epochs from 1 to 3"),
         ({"mask_at": [4]}, "mask_at"),
         ({"mask_at": [2, 1]}, "mask_at"),
