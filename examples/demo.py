@@ -163,7 +163,7 @@ def main() -> None:
         raise SystemExit("Nothing was pruned.")
 
     path = args.out / f"{args.data}-{args.method}-{args.optimizer}.safetensors"
-    save_slim(model, path, pruning.plan, network=network, data=args.data)
+    save_slim(model, path, pruning.plan, network=network, data=args.data, report=pruning.report)
     command = [sys.executable, __file__, "--evaluate", str(path), "--root", args.root, "--threads", str(args.threads)]
     reloaded = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
     masked = masked_accuracy(diary.dense, pruning.plan, network, args)

@@ -36,7 +36,7 @@ class CLI(LightningCLI):
         for callback in self.trainer.callbacks:
             is_done = isinstance(callback, StructuralPruning) and callback.plan is not None
             if is_done and self.trainer.is_global_zero:
-                save_slim(self.model, folder / "slim.safetensors", callback.plan)
+                save_slim(self.model, folder / "slim.safetensors", callback.plan, report=callback.report)
 
 
 def main(args: ArgsType = None) -> None:

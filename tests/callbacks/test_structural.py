@@ -33,7 +33,7 @@ from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, ProofError, PruningError
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.schedules import GReg1Schedule, GReg2Schedule
-from lightning_prune.structure import choose, load_slim, masked_state, save_slim, trace
+from lightning_prune.structure import choose, load_slim, masked_state, read_slim_header, save_slim, trace
 from tests.callbacks.nets import image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
 from tests.callbacks.slimming import BATCHES, Picker, Residual, Run, Task, Watch, assert_equal, run, weights
@@ -366,9 +366,12 @@ def test_lbfgs_begins_anew(tmp_path: Path) -> None:
 def test_the_slim_file_brings_it_back(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.surgery.plan is not None
-    save_slim(result.task, tmp_path / "slim.safetensors", result.surgery.plan)
+    report = result.surgery.report
+    save_slim(result.task, tmp_path / "slim.safetensors", result.surgery.plan, report=report)
     fresh = seeded(Task, seed=1)
     assert load_slim(tmp_path / "slim.safetensors", fresh) == result.surgery.plan
+    stored = read_slim_header(tmp_path / "slim.safetensors")["metadata"]["report"]
+    assert PruningReport.from_json(json.dumps(stored)) == report
     assert_equal(weights(fresh), weights(result.task))
 
 
