@@ -310,6 +310,10 @@ class Regulariser(Method):
         """Begin the sparse stage at the step that is about to be taken."""
         if self._keeper is None:
             return
+        if self.collapses and not any(target.parameter.requires_grad for target in self._targets):
+            raise ConfigurationError(
+                f"{self._label}: all weights that it is to shrink are frozen; unfreeze them, or cut with Magnitude."
+            )
         dynamics = dynamics_of(self._keeper, [target.parameter for target in self._targets])
         self._origin = completed
         self._schedule = self.begin(self._steps_ahead(trainer), dynamics)

@@ -639,6 +639,22 @@ def test_presets_are_the_published_constants() -> None:
     assert GReg2(0.5, schedule="imagenet").begin(None, Dynamics(1e-3)) == GREG2_IMAGENET
 
 
+@BOTH
+def test_a_frozen_network_is_refused(method: Any) -> None:
+    """Before the first step; what is thawed before the stage begins is no matter."""
+
+    class Frozen(Classifier):
+        def __init__(self) -> None:
+            super().__init__(seeded(linear_net).requires_grad_(False))
+            self.temperature = nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step([batch[0] * self.temperature, batch[1]], batch_idx)
+
+    with pytest.raises(ConfigurationError, match="to shrink are frozen; unfreeze them"):
+        trainer(method(0.5, epochs=1), Untouched(), max_epochs=2).fit(Frozen(), feature_loader(4))
+
+
 def test_removal_before_the_pick_is_an_error() -> None:
     with pytest.raises(PlanError, match="has picked no channels yet"):
         GReg1(0.5, epochs=2).removal()
