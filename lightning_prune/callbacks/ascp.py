@@ -232,7 +232,7 @@ class ASCP(Regulariser):
     def after_step(self, optimizer: Optimizer) -> None:
         """Remember what the network was called with, in the last epoch."""
         trainer, _ = self._run()
-        if trainer.current_epoch - self.start + 1 >= self._rates.epochs:
+        if trainer.current_epoch - self.first_epoch + 1 >= self._rates.epochs:
             self._calls.keep(self.capture.inputs)
 
     def end_epoch(self, finished: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -114,8 +114,9 @@ class Regulariser(Method):
         steps = stage_steps(trainer, self.epochs)
         if not trainer.optimizers or self._phase != "wait":
             return None
-        # which of several optimisers it will be is known later; the gentlest is refused last
-        dynamics = min(map(dynamics_of, trainer.optimizers), key=lambda each: each.learning_rate)
+        # which optimiser and which of its groups it will be is known later; the gentlest is refused last
+        slowest = min(map(dynamics_of, trainer.optimizers), key=lambda each: each.smallest or each.learning_rate)
+        dynamics = replace(slowest, learning_rate=slowest.smallest or slowest.learning_rate)
         schedule = self.begin(steps, dynamics)
         return Timetable(self.known_after(schedule, steps), self.steps_needed() if steps is None else steps)
 
@@ -166,8 +167,9 @@ class Regulariser(Method):
         refuse_sharded_state(trainer.optimizers)
         stage = self.timetable(trainer)
         if stage is not None:
-            refuse_misfit(trainer, type(self).__name__, self.start, self.epochs, stage.length)
-        if self.epochs is not None and trainer.current_epoch >= self.start + self.epochs and self._picked:
+            start = max(self.start, trainer.current_epoch)
+            refuse_misfit(trainer, type(self).__name__, start, self.epochs, stage.length)
+        if self.epochs is not None and trainer.current_epoch >= self.first_epoch + self.epochs and self._picked:
             self._phase = "ready"
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -215,7 +217,7 @@ class Regulariser(Method):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The stage given in epochs is over exactly here."""
-        if self.epochs is None or not self._has_begun or trainer.current_epoch < self.start + self.epochs - 1:
+        if self.epochs is None or not self._has_begun or trainer.current_epoch < self.first_epoch + self.epochs - 1:
             return
         if self._acts:
             self._end_epoch(trainer)
@@ -240,6 +242,7 @@ class Regulariser(Method):
             "ticks": self._ticks,
             "origin": self._origin,
             "ended": self._ended,
+            "began": self._began,
             "schedule": None if self._schedule is None else asdict(self._schedule),
             "learning_rate": self._learning_rate,
             "picked": {name: to_plain(numbers) for name, numbers in self._picked.items()},
@@ -254,6 +257,7 @@ class Regulariser(Method):
         self._ticks = state_dict["ticks"]
         self._origin = state_dict["origin"]
         self._ended = state_dict["ended"]
+        self._began = state_dict["began"]
         self._schedule = None if constants is None or kind is None else kind(**constants)
         self._learning_rate = state_dict["learning_rate"]
         self._picked = {name: from_plain(numbers) for name, numbers in state_dict["picked"].items()}
@@ -315,7 +319,7 @@ class Regulariser(Method):
                 f"{self._label}: all weights that it is to shrink are frozen; unfreeze them, or cut with Magnitude."
             )
         dynamics = dynamics_of(self._keeper, [target.parameter for target in self._targets])
-        self._origin = completed
+        self._origin, self._began = completed, trainer.current_epoch
         self._schedule = self.begin(self._steps_ahead(trainer), dynamics)
         self._learning_rate = dynamics.learning_rate
         self._phase = "pick"
@@ -367,7 +371,7 @@ class Regulariser(Method):
         """An epoch of the stage is over, or the whole stage: once each, whichever hook sees it first."""
         if self.epochs is None:
             return
-        finished = min(trainer.current_epoch - self.start + 1, self.epochs)
+        finished = min(trainer.current_epoch - self.first_epoch + 1, self.epochs)
         if finished <= self._ended:
             return
         self._ended = finished

@@ -174,7 +174,7 @@ class Capture:
             self._depth += 1
             if not wanted or not outermost or torch.compiler.is_compiling():
                 return
-            call = (tree_map(_detach, args), tree_map(_detach, kwargs))
+            call = tree_map(_plain(module), (args, kwargs))
             if self._graph is None:
                 self._calls.setdefault(name, call)
             elif not self._calls:
@@ -201,8 +201,18 @@ class Capture:
         self._handles.clear()
 
 
-def _detach(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+def _plain(module: nn.Module) -> Callable[[Any], Any]:
+    """How an argument is kept: detached, and in the weights' precision where autocast has made it half."""
+    first = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+    is_half = first is not None and torch.is_autocast_enabled(first.device.type)
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        widens = first is not None and is_half and value.is_floating_point()
+        return value.detach().to(first.dtype) if widens and first is not None else value.detach()
+
+    return plain
 
 
 def _is_redirected(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
@@ -20,6 +21,18 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
     if math.isinf(batches):
         return None
     return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def counts_batches(trainer: Trainer) -> bool:
+    """Whether batches tell how many optimiser steps there will be.
+
+    They don't under manual optimisation, nor where the accumulation window changes on the way.
+    """
+    changes = any(
+        isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1
+        for callback in trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from afar
+    )
+    return trainer.lightning_module.automatic_optimization and not changes
 
 
 def stage_steps(trainer: Trainer, epochs: int | None) -> int | None:
@@ -62,14 +75,14 @@ def refuse_misfit(trainer: Trainer, who: str, start: int, epochs: int | None, le
     per_epoch = steps_per_epoch(trainer)
     needed = length + (per_epoch or 0) * start
     what = f"{who}: start={start} and {length} optimiser steps of schedule don't fit into"
-    limit = trainer.max_epochs
+    limit, can_tell = trainer.max_epochs, counts_batches(trainer)
     if epochs is not None:
         what = f"{who}: start={start} and epochs={epochs} don't fit into"
         if limit is not None and 0 <= limit < start + epochs:
             raise ConfigurationError(f"{what} max_epochs={limit}.")
-    elif per_epoch is not None and limit is not None and 0 <= limit * per_epoch < needed:
+    elif can_tell and per_epoch is not None and limit is not None and 0 <= limit * per_epoch < needed:
         raise ConfigurationError(f"{what} max_epochs={limit} of {per_epoch} steps.")
-    if 0 <= trainer.max_steps < needed:
+    if can_tell and 0 <= trainer.max_steps < needed:
         raise ConfigurationError(f"{what} max_steps={trainer.max_steps}.")
 
 

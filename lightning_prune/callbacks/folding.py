@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_prune.callbacks.targets import aim, parameters_of, zero_out_
 from lightning_prune.structure import ChannelGroup
 from lightning_prune.structure.plan import layer_of, named_tensors, plain_name, submodule
-from lightning_prune.structure.replica import quiet_room, replica, uncompiled
+from lightning_prune.structure.replica import quiet_room, replica, to_device, uncompiled
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -90,6 +90,9 @@ def find_fold(
         inputs: positional and named arguments of the network.
     """
     twin = uncompiled(replica(network)).eval()
+    # weight averages may lie elsewhere than the network in training
+    home = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    inputs = to_device(inputs[0], home), to_device(inputs[1], home)
     gone = {name: groups[name] for name in removal}
     zero_out_(aim(removal, gone, lambda group: group.scales, parameters_of(twin)))
     reads = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning.pytorch import Trainer
 
 from lightning_prune.callbacks.base import Regulariser
-from lightning_prune.callbacks.dynamics import steps_per_epoch
+from lightning_prune.callbacks.dynamics import counts_batches, steps_per_epoch
 from lightning_prune.errors import ConfigurationError
 
 
@@ -51,21 +51,25 @@ def refuse_late_surgery(trainer: Trainer, partners: Sequence[Regulariser], at_ep
     Raises:
         ConfigurationError: in that case.
     """
-    per_epoch, total = steps_per_epoch(trainer), remaining_steps(trainer, 0)
-    if trainer.fast_dev_run or trainer.global_step:  # type: ignore[attr-defined]  # Lightning sets it from afar
+    per_epoch = steps_per_epoch(trainer)
+    if trainer.fast_dev_run or not counts_batches(trainer):  # type: ignore[attr-defined]  # Lightning sets it from afar
         return
+    has_epochs = per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs != -1
+    bounds = [(per_epoch or 0) * (trainer.max_epochs or 0)] if has_epochs else []
+    total = min([*bounds, trainer.max_steps] if trainer.max_steps != -1 else bounds, default=math.inf)
     for partner in partners:
         stage = partner.timetable(trainer)
-        if stage is None or (per_epoch is None and (partner.start or at_epoch)):
+        first = max(partner.start, trainer.current_epoch)
+        if stage is None or (per_epoch is None and (first or at_epoch)):
             continue
-        who, start = type(partner).__name__, (per_epoch or 0) * partner.start
+        who, start = type(partner).__name__, (per_epoch or 0) * first
         end = (per_epoch or 0) * at_epoch if at_epoch is not None else start + (stage.length or 0)
         if at_epoch is not None and end < start + stage.known:
             raise ConfigurationError(
                 f"at_epoch={at_epoch} comes after {end} optimiser steps, but {who} knows only after"
                 f" {start + stage.known} which channels go; choose a later epoch."
             )
-        if 0 <= total <= end:
+        if total <= end:
             raise ConfigurationError(
                 f"Surgery comes after {end} optimiser steps ({who}), and this run ends after {total}; raise max_epochs"
                 " or max_steps, or shorten the sparse stage."

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.checkpointing import AppliedPlan, attach_, detach_, history, remember_
-from lightning_prune.callbacks.neighbours import callbacks_of
+from lightning_prune.callbacks.neighbours import average_models, callbacks_of
 from lightning_prune.callbacks.permanence import PermanentMask
+from lightning_prune.callbacks.watching import configured_
 from lightning_prune.errors import ConfigurationError, SlimFileError
 from lightning_prune.structure import Plan, SparsityPlan, load_slim, read_slim_header, read_slim_plan, signature
 from lightning_prune.structure.plan import submodule
@@ -49,23 +50,25 @@ class LoadPruned(Callback):
         self.path = os.fspath(path)
         self.module = module
         self._has_cut = False
+        self._plan: Plan | None = None
         self._permanent = PermanentMask()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the module slim, once."""
         try:
-            network = submodule(pl_module, self.module)
+            network = submodule(configured_(pl_module), self.module)
         except AttributeError:
             children = ", ".join(name for name, _ in pl_module.named_children())
             raise ConfigurationError(
                 f"module={self.module!r} is no part of the LightningModule; its children are: {children}."
             ) from None
-        plan = read_slim_plan(self.path)
+        plan = self._plan = read_slim_plan(self.path)
         _refuse_mixture(trainer, plan)
         if not history(pl_module):
             self._has_cut = read_slim_header(self.path).get("signature") != signature(network)
             if self._has_cut or isinstance(plan, SparsityPlan):  # which no signature shows
-                load_slim(self.path, network)
+                for whole in (pl_module, *average_models(trainer)):  # averages that have copied the dense module
+                    load_slim(self.path, submodule(whole, self.module))
             remember_(pl_module, self.module, plan)
         elif AppliedPlan(self.module, plan) not in history(pl_module):
             raise SlimFileError(f"{self.path} belongs to a dense module; this one is slim by another plan already.")
@@ -73,11 +76,17 @@ class LoadPruned(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to keep masked weights at zero."""
-        self._permanent.hold_(submodule(pl_module, self.module), read_slim_plan(self.path), trainer.optimizers)
+        self._hold(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Set the gradients of masked weights to zero."""
+        if not self._permanent.knows(trainer.optimizers):  # a stage on the way has brought its own
+            self._hold(trainer, pl_module)
         self._permanent.before_step(optimizer)
+
+    def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        plan = read_slim_plan(self.path) if self._plan is None else self._plan
+        self._permanent.hold_(submodule(pl_module, self.module), plan, trainer.optimizers)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""

@@ -181,10 +181,9 @@ class MaskSparsity(Regulariser):
             list(mask_at) == sorted(set(mask_at)) and all(first <= epoch <= last for epoch in mask_at),
             f"mask_at={list(mask_at)} must be ascending epochs from {first} to {last}, inside the masked stage.",
         )
-        is_count = isinstance(passes, Integral) and passes >= 1
-        check(
-            is_count and not (passes > 1 and mask_at), f"passes={passes!r} must be at least 1, and 1 with mask_at=...."
-        )
+        check(isinstance(passes, Integral) and passes >= 1, f"passes={passes!r} must be a whole number of at least 1.")
+        is_plain = constants is None and not mask_at
+        check(is_plain or passes == 1, f"passes={passes} can't go with mask_at=... or constants=....")
         check(
             restart_from is None or global_epochs > 0,
             f"restart_from={restart_from!r} needs a global stage before it: give global_epochs=....",
@@ -210,12 +209,14 @@ class MaskSparsity(Regulariser):
     def begin(self, steps: int | None, dynamics: Dynamics) -> MaskStage:
         """The epochs of global stage, masks and hold in optimiser steps."""
         self._given_weights()
+        self._refuse_restart()
         length, epochs = steps or 1, self.epochs or 1
         moments = [self.global_epochs, *(epoch - self.start for epoch in self.mask_at)]
         picks = tuple(length * moment // epochs for moment in moments)
         if self.passes > 1:
             masked = length - picks[0]
-            check(masked >= 2 * self.passes, f"passes={self.passes} need at least two optimiser steps each.")
+            fits = masked >= 2 * self.passes or bool(self._run()[0].fast_dev_run)  # type: ignore[attr-defined]
+            check(fits, f"passes={self.passes} needs at least two optimiser steps each.")
             picks = tuple(picks[0] + masked * number // self.passes for number in range(self.passes))
         hold = 0 if self.constants is not None else max(1, round(HOLD * (length - picks[-1])))
         return MaskStage(length, picks, hold)
@@ -259,6 +260,8 @@ class MaskSparsity(Regulariser):
         if self.passes > 1:
             self._emptied, self._zeros = dict(self._picked), None
         scales = {name: scales_of(group, self._parameters) for name, group in self._groups.items()}
+        for name, channels in self._emptied.items():
+            scales[name][:, list(channels)] = 0  # which they are after the next step: nobody comes back
         if self.macs is not None:
             return on_first_rank(self._run()[0], lambda: self._within_macs(graph, scales)) or {}
         doomed = self._doomed(graph, scales)
@@ -426,6 +429,22 @@ class MaskSparsity(Regulariser):
         if trainer is None or pl_module is None:
             raise ConfigurationError(f"{self._label} belongs to no fit.")
         return trainer, pl_module
+
+    def _refuse_restart(self) -> None:
+        """Others would lose what they have done to the weights before."""
+        if self.restart_from is None:
+            return
+        begun = self.start + self.global_epochs
+        for other in self._run()[0].callbacks:  # type: ignore[attr-defined]  # Lightning sets it from afar
+            if not isinstance(other, Regulariser):
+                continue
+            # another global stage is undone on purpose
+            kept_from = other.start + (other.global_epochs if isinstance(other, MaskSparsity) else 0)
+            if kept_from < begun:
+                raise ConfigurationError(
+                    f"{self._label}: restart_from={self.restart_from!r} would undo at epoch {begun} what"
+                    f" {type(other).__name__} does from epoch {other.start} on; let that start later."
+                )
 
     def _given_weights(self) -> dict[str, Tensor]:
         """Those of the file to restart from, if any."""

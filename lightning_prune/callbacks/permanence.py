@@ -31,6 +31,11 @@ class PermanentMask:
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}
         self._handles: list[RemovableHandle] = []
+        self._seen: list[int] = []
+
+    def knows(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Whether these are the optimisers that :meth:`hold_` has been told of."""
+        return self._seen == [id(optimizer) for optimizer in optimizers]
 
     def hold_(self, network: nn.Module, plan: Plan, optimizers: Iterable[Optimizer]) -> None:
         """Begin to keep a plan's mask, or begin anew with other optimisers.
@@ -41,6 +46,8 @@ class PermanentMask:
             optimizers: those whose steps count.
         """
         self.let_go()
+        optimizers = list(optimizers)
+        self._seen = [id(optimizer) for optimizer in optimizers]
         if not isinstance(plan, SparsityPlan):
             return
         masks = {parameter: kept.to(parameter.dtype) for parameter, kept in plan.masks(network).items()}

@@ -272,6 +272,11 @@ class Method(PruningCallback):
         now = dynamics_of(self._keeper, [target.parameter for target in self._targets]).learning_rate
         return max(now / self._learning_rate, 0.1)
 
+    @property
+    def first_epoch(self) -> int:
+        """The epoch in which the stage has begun, or will: a resumed run may be past ``start``."""
+        return self.start if self._began is None else self._began
+
     # Beginnings.
 
     def _forget(self) -> None:
@@ -280,6 +285,7 @@ class Method(PruningCallback):
         self._ticks = 0
         self._origin = 0
         self._ended = 0
+        self._began: int | None = None
         self._schedule = None
         self._strength = 0.0
         self._learning_rate = None

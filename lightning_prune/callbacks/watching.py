@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -61,7 +62,7 @@ class PruningCallback(Callback, ABC):
             if len(names) > 1:
                 raise ConfigurationError(f"The pruning callbacks name different modules: {', '.join(sorted(names))}.")
             traces = any(partner.needs_channels for partner in [self, *partners])
-            self._capture = Capture(pl_module, next(iter(names), None), traces)
+            self._capture = Capture(configured_(pl_module), next(iter(names), None), traces)
         else:
             self._capture = first.capture
 
@@ -97,6 +98,16 @@ class PruningCallback(Callback, ABC):
         """Leave no hook behind: Lightning calls no ``teardown`` after an error."""
         if self._capture is not None:
             self._capture.close()
+
+
+def configured_(pl_module: LightningModule) -> LightningModule:
+    """The module with the layers that it builds in ``configure_model``, which Lightning calls only after ``setup``.
+
+    The hook may be called more than once, as its documentation says; weight averages do so too.
+    """
+    if is_overridden("configure_model", pl_module):
+        pl_module.configure_model()
+    return pl_module
 
 
 def check(condition: bool, message: str) -> None:

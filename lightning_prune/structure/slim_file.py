@@ -57,6 +57,7 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **m
         "metadata": {name: _plain(value) for name, value in metadata.items()},
     }
     try:
+        header = json.loads(json.dumps(header))  # with keys as a reader will see them
         text = json.dumps({**header, "digest": _digest(header, tensors)}, sort_keys=True)
     except TypeError as error:
         raise SlimFileError(f"The metadata must be what JSON can hold: {error}.") from error

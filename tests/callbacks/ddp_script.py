@@ -109,3 +109,4 @@ if __name__ == "__main__":
     resumed_runs_end_equal(Path(sys.argv[1]))
     one_rank_fails(Path(sys.argv[1]))
     torch.distributed.barrier()  # nobody waits for the second process; its last line has to be there
+    torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter

@@ -304,6 +304,7 @@ def test_the_proof_looks_at_a_few_samples_and_at_all_where_it_must() -> None:
         assert proof.outputs == len(proof.modes) * seen * 4
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # torch 2.10's own, where it compiles
 def test_a_compiled_network_is_looked_at_as_it_was_written() -> None:
     images = torch.randn(2, 3, 6, 6)
     plain, compiled = (examination.look(net, ((images,), {}), ()) for net in (Residual(), torch.compile(Residual())))
