@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -321,13 +321,6 @@ class ASCP(Regulariser):
             values["churn"] = float(torch.cat(changes).mean())
         for key, value in values.items():
             pl_module.log(f"{self._label}/{key}", value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-
-    def _run(self) -> tuple[Trainer, LightningModule]:
-        """The fit this belongs to."""
-        trainer, pl_module = (None, None) if self._fit is None else (self._fit[0](), self._fit[1]())
-        if trainer is None or pl_module is None:
-            raise ConfigurationError(f"{self._label} belongs to no fit.")
-        return trainer, pl_module
 
     def _join(self, trainer: Trainer, graph: structure.ChannelGraph) -> None:
         super()._join(trainer, graph)

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, final
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -422,13 +422,6 @@ class MaskSparsity(Regulariser):
         return int(next(later, self._schedule.last_event))
 
     # What comes before and after.
-
-    def _run(self) -> tuple[Trainer, LightningModule]:
-        """The fit this belongs to."""
-        trainer, pl_module = (None, None) if self._fit is None else (self._fit[0](), self._fit[1]())
-        if trainer is None or pl_module is None:
-            raise ConfigurationError(f"{self._label} belongs to no fit.")
-        return trainer, pl_module
 
     def _refuse_restart(self) -> None:
         """Others would lose what they have done to the weights before."""

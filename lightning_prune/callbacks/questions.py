@@ -277,6 +277,13 @@ class Method(PruningCallback):
         """The epoch in which the stage has begun, or will: a resumed run may be past ``start``."""
         return self.start if self._began is None else self._began
 
+    def _run(self) -> tuple[Trainer, LightningModule]:
+        """The fit this belongs to."""
+        trainer, pl_module = (None, None) if self._fit is None else (self._fit[0](), self._fit[1]())
+        if trainer is None or pl_module is None:
+            raise ConfigurationError(f"{self._label} belongs to no fit.")
+        return trainer, pl_module
+
     # Beginnings.
 
     def _forget(self) -> None:
