@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -135,7 +136,12 @@ def distance(first: nn.Module, second: nn.Module) -> float:
 CONFIGURATIONS: dict[str, tuple[Any, Any, Callable[[], dict[str, Any]]]] = {
     "fp32": (Automatic, sgd, lambda: {}),
     "accumulation with a short last window": (Automatic, sgd, lambda: {"accumulate_grad_batches": 4}),
+    "a window that changes": (Automatic, sgd, lambda: {"callbacks": [GradientAccumulationScheduler({0: 2, 1: 4})]}),
+    "a part of the batches": (Automatic, sgd, lambda: {"limit_train_batches": 0.5}),
+    "an end in the middle of an epoch": (Automatic, adam, lambda: {"max_steps": 13}),
     "clipping": (Automatic, sgd, lambda: {"gradient_clip_val": 0.1}),
+    "clipping by value": (Automatic, sgd, lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "averages": (Automatic, sgd, lambda: {"callbacks": [EMAWeightAveraging(decay=0.9)]}),
     "adam": (Automatic, adam, lambda: {}),
     "lbfgs": (Automatic, lbfgs, lambda: {}),
     "bf16": (Automatic, sgd, lambda: {"precision": "bf16-mixed"}),

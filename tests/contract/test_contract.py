@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -225,7 +225,10 @@ def half_precision() -> dict[str, Any]:
 
 CONFIGURATIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "accumulation": lambda: {"accumulate_grad_batches": 4},
+    "bf16": lambda: {"precision": "bf16-mixed"},
     "clipping": lambda: {"gradient_clip_val": 0.1},
+    "clipping by value": lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "averages": lambda: {"callbacks": [EMAWeightAveraging(decay=0.9)]},
     "fp16": half_precision,
     "fp16 and accumulation": lambda: {"accumulate_grad_batches": 4, **half_precision()},
     "manual": lambda: {"manual": True},
