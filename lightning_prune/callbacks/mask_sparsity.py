@@ -518,9 +518,9 @@ class MaskSparsity(Regulariser):
 
     @torch.no_grad()
     def _largest(self) -> float:
-        """Largest absolute scale or bias of the channels that will go; waits for the device."""
+        """Largest absolute scale or bias of the channels that will go; waits for the device once."""
         doomed = torch._foreach_mul([t.parameter.detach() for t in self._targets], [t.union() for t in self._targets])
-        return max(float(norm) for norm in torch._foreach_norm(doomed, float("inf")))
+        return float(torch.stack([norm.float() for norm in torch._foreach_norm(doomed, float("inf"))]).max())
 
     def _weights(self) -> list[Tensor]:
         """Strength times mask, one per target."""

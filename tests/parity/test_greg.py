@@ -14,28 +14,7 @@ from torch import Tensor, nn
 from lightning_prune.callbacks.greg import GReg1, GReg2
 from lightning_prune.schedules import GReg1Schedule, GReg2Schedule
 from tests.callbacks.nets import conv_net, image_loader, linear_net, seeded, trainer
-
-LEARNING_RATE, DECAY = 0.02, 5e-4
-
-
-class Module(LightningModule):
-    """Cross-entropy under SGD with momentum and weight decay, and a diary of all weights."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.diary: list[list[Tensor]] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.diary.append([parameter.detach().clone() for parameter in self.net.parameters()])
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return sgd(self.net)
-
-
-def sgd(net: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(net.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=DECAY)
+from tests.parity.training import DECAY, LEARNING_RATE, Module, sgd
 
 
 class Restatement:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.greg import GReg1, GReg2
@@ -20,32 +19,13 @@ from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.schedules import GReg1Schedule, GReg2Schedule
 from lightning_prune.structure import SparsityPlan
 from tests.callbacks.nets import conv_net, image_loader, seeded, trainer
+from tests.parity.training import Module, sgd
 
 LAYERS, RATIO, STEPS = ("0", "3", "8"), 0.827, 8
 SCHEDULES: dict[str, Any] = {
     "greg1": GReg1Schedule(delta=0.05, ceiling=1.0, update_every=3, hold=17, check_every=1),
     "greg2": GReg2Schedule(0.01, 0.05, 0.05, 1.05, update_every=3, hold=17, kept=-0.01, check_every=1),
 }
-
-
-def sgd(net: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
-
-
-class Module(LightningModule):
-    """Cross-entropy under SGD with momentum and weight decay, and a diary of all weights."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.diary: list[list[Tensor]] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.diary.append([parameter.detach().clone() for parameter in self.net.parameters()])
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return sgd(self.net)
 
 
 def smallest(weight: Tensor) -> Tensor:

@@ -9,32 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.tpp import TPP
 from lightning_prune.schedules import TPPSchedule
 from tests.callbacks.nets import conv_net, feature_loader, image_loader, linear_net, seeded, trainer
-
-
-class Module(LightningModule):
-    """Cross-entropy under SGD with momentum and weight decay, and a diary of all weights."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.diary: list[list[Tensor]] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.diary.append([parameter.detach().clone() for parameter in self.net.parameters()])
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return sgd(self.net)
-
-
-def sgd(net: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+from tests.parity.training import Module, sgd
 
 
 class Restatement:
