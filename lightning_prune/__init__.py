@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks.tpp import TPP
     from lightning_prune.errors import (
         ConfigurationError,
+        ExportError,
         PlanError,
         ProofError,
         PruningError,
         SlimFileError,
         TraceError,
     )
+    from lightning_prune.reports import export
     from lightning_prune.schedules import (
         ASCPSchedule,
         GReg1Schedule,
@@ -57,8 +59,10 @@ _HOMES = {
     "lightning_prune.callbacks.structural": ("StructuralPruning",),
     "lightning_prune.callbacks.tpp": ("TPP",),
     "lightning_prune.errors": (
-        *("ConfigurationError", "PlanError", "ProofError", "PruningError", "SlimFileError", "TraceError"),
+        *("ConfigurationError", "ExportError", "PlanError", "ProofError", "PruningError", "SlimFileError"),
+        "TraceError",
     ),
+    "lightning_prune.reports": ("export",),
     "lightning_prune.schedules": (
         *("ASCPSchedule", "GReg1Schedule", "GReg2Schedule", "MaskSparsityStrength", "TPPSchedule"),
     ),
@@ -75,6 +79,7 @@ __all__ = [
     "ChannelGraph",
     "ChannelGroup",
     "ConfigurationError",
+    "ExportError",
     "GReg1",
     "GReg1Schedule",
     "GReg2",
@@ -98,6 +103,7 @@ __all__ = [
     "__version__",
     "choose",
     "choose_weights",
+    "export",
     "load_from_checkpoint",
     "load_slim",
     "prove",

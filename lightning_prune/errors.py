@@ -25,3 +25,7 @@ class ProofError(PruningError, RuntimeError):
 
 class SlimFileError(PruningError, ValueError):
     """A slim file that is damaged, foreign, or belongs to another model."""
+
+
+class ExportError(PruningError, RuntimeError):
+    """A model that can't be written in another format, or a file that computes something else."""

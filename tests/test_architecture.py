@@ -18,7 +18,7 @@ ALLOWED = {
     -1: set[str](),
     0: {"torch"},
     1: {"numpy", "safetensors", "torch"},
-    2: {"fvcore", "matplotlib", "numpy", "rich", "torch"},
+    2: {"fvcore", "matplotlib", "numpy", "onnxruntime", "rich", "torch"},
     3: {"lightning", "rich", "torch", "torchmetrics"},
     4: {"jsonargparse", "lightning", "rich", "torch"},
     5: set[str](),

@@ -1,6 +1,7 @@
 """What pruning did, measured: looks at models, never changes them."""
 
 from lightning_prune.reports.cost import Cost, count_cost
+from lightning_prune.reports.export import Export, export
 from lightning_prune.reports.latency import Latency, measure_latency
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.reports.tables import surgery_table
@@ -8,9 +9,11 @@ from lightning_prune.reports.trainability import mean_jacobian_singular_value
 
 __all__ = [
     "Cost",
+    "Export",
     "Latency",
     "PruningReport",
     "count_cost",
+    "export",
     "mean_jacobian_singular_value",
     "measure_latency",
     "surgery_table",
