@@ -192,6 +192,10 @@ class ASCP(Regulariser):
         stays = {name: representatives(labels).tolist() for name, labels in self._labels.items()}
         return {name: [c for c, first in enumerate(firsts) if c != first] for name, firsts in stays.items()}
 
+    def foresee(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
+        """As many as will go; which ones the clusters say later."""
+        return self.smallest(graph)
+
     def merges(self) -> dict[str, dict[int, int]]:
         """Into the first of its cluster."""
         stays = {name: representatives(self._labels[name]).tolist() for name in self._picked}

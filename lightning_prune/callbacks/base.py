@@ -82,6 +82,11 @@ class Regulariser(Method):
         return self.granularity == "channel"
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Name and size of every group that takes part; none before the first batch."""
+        return dict(self._grain.sizes)
+
+    @property
     def strength(self) -> float:
         """The strength that acts on the channels that will go, now."""
         return self._strength
@@ -94,6 +99,14 @@ class Regulariser(Method):
         if not self._picked:
             raise PlanError(f"{self._label} has picked no {self._grain.unit} yet; it is in phase {self._phase!r}.")
         return dict(self._picked)
+
+    @torch.no_grad()
+    def foreseen(self) -> dict[str, Sequence[int]]:
+        """What would go by the weights as they are, in the form of :meth:`removal`; from the first batch on."""
+        graph = self.capture.graph
+        if graph is None:
+            raise PlanError(f"{self._label} has seen no batch yet.")
+        return self._own(self.foresee(graph))
 
     @torch.no_grad()
     def energy(self) -> Tensor:
@@ -341,14 +354,16 @@ class Regulariser(Method):
         graph = self.capture.graph
         if graph is None:
             return
-        chosen = self.choose(graph)
-        own = {name: compact(chosen[name]) for name in self._grain.sizes if len(chosen.get(name, ()))}
-        self._picked = self.agreed(own)
+        self._picked = self.agreed(self._own(self.choose(graph)))
         if not self._picked:
             ratio = "the choice" if self.ratio is None else f"ratio={self.ratio}"
             raise ConfigurationError(f"{self._label}: {ratio} removes no channel; raise it or lower round_to.")
         self._aim(self._picked)
         self._energy = self.whole()
+
+    def _own(self, chosen: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+        """Of the groups that take part, those that lose anything."""
+        return {name: compact(chosen[name]) for name in self._grain.sizes if len(chosen.get(name, ()))}
 
     def _aim(self, numbers: Mapping[str, Sequence[int]]) -> None:
         self._targets = self._grain.aim(self, numbers)

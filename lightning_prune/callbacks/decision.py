@@ -94,12 +94,13 @@ def decide(
             removal[group] = compact(numbers)
         merges |= partner.merges()
     if capture.graph is not None and capture.name is not None:
-        plan = _plan(capture.graph, removal, merges)
+        plan = plan_of(capture.graph, removal, merges)
         return Decision(removal, merges, capture.name, plan, rooted(plan, pl_module, capture.name))
     return loaded if loaded is not None and (loaded.removal, loaded.merges) == (removal, merges) else None
 
 
-def _plan(graph: ChannelGraph, removal: Mapping[str, Sequence[int]], merges: Mapping[str, Mapping[int, int]]) -> Plan:
+def plan_of(graph: ChannelGraph, removal: Mapping[str, Sequence[int]], merges: Mapping[str, Mapping[int, int]]) -> Plan:
+    """The plan by which these channels or single weights of the traced model go."""
     weights = {name: numbers for name, numbers in removal.items() if isinstance(numbers, Bits)}
     return weight_graph(graph).plan(weights) if weights else graph.plan(removal, merges)
 

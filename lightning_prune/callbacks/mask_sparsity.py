@@ -273,6 +273,10 @@ class MaskSparsity(Regulariser):
             )
         return {name: rounded(self._groups[name], channels, self.round_to) for name, channels in doomed.items()}
 
+    def foresee(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
+        """Nothing where a threshold says it: nobody knows yet how small the scales will be."""
+        return {} if self.threshold is not None else self.choose(graph)
+
     def growing(self, step: int) -> bool:
         """Until the hold begins."""
         return step < int(self._schedule.last_event)

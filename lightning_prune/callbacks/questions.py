@@ -188,6 +188,10 @@ class Method(PruningCallback):
         """The channels that go, by the weights as they are; the smallest by default. Rank 0's answer counts."""
         return self.smallest(graph)
 
+    def foresee(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
+        """What :meth:`choose` would say now, for a preview; of a method that knows only later, as much as will go."""
+        return self.choose(graph)
+
     def merges(self) -> dict[str, dict[int, int]]:
         """Group name to channel that goes to channel that stands for it afterwards; nothing is merged by default."""
         return {}

@@ -25,15 +25,15 @@ def surgery_table(report: PruningReport) -> Table:
     for header in ("before", "after", "change"):
         table.add_column(header, justify="right", no_wrap=True)
     for name, old, new in report.layers:
-        table.add_row(name, str(old), str(new), _percent(old, new))
+        table.add_row(name, str(old), str(new), percent(old, new))
     table.add_section()
     before, after = report.cost_before, report.cost_after
-    table.add_row("MACs per sample", _count(before.macs), _count(after.macs), _percent(before.macs, after.macs))
+    table.add_row("MACs per sample", count(before.macs), count(after.macs), percent(before.macs, after.macs))
     table.add_row(
-        "parameters", _count(before.parameters), _count(after.parameters), _percent(before.parameters, after.parameters)
+        "parameters", count(before.parameters), count(after.parameters), percent(before.parameters, after.parameters)
     )
     for dense, slim in zip(report.latency_before, report.latency_after, strict=True):
-        change = _percent(dense.median_ms, slim.median_ms)
+        change = percent(dense.median_ms, slim.median_ms)
         table.add_row(f"latency, batch {dense.batch}, ms", _milliseconds(dense), _milliseconds(slim), change)
     if report.monitor is not None:
         table.add_section()
@@ -68,7 +68,12 @@ def _uncounted(operators: tuple[str, ...]) -> str:
     return f" without {', '.join(names[:_NAMED_OPERATORS])}{more}"
 
 
-def _count(number: float | None) -> str:
+def count(number: float | None) -> str:
+    """A number in units that people read.
+
+    >>> count(4_089_284_608), count(12), count(None)
+    ('4.089 G', '12', '?')
+    """
     if number is None:
         return "?"
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -77,7 +82,12 @@ def _count(number: float | None) -> str:
     return f"{number:.0f}"
 
 
-def _percent(old: float | None, new: float | None) -> str:
+def percent(old: float | None, new: float | None) -> str:
+    """Change from one number to another.
+
+    >>> percent(4, 3), percent(None, 3)
+    ('-25.0 %', '')
+    """
     return f"{100 * (new - old) / old:+.1f} %" if old and new is not None else ""
 
 

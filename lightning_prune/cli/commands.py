@@ -1,0 +1,185 @@
+"""What each command does: arguments in, exit status out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lightning_prune.cli import tables
+from lightning_prune.cli.models import dense_model
+from lightning_prune.cli.preview import Preview, preview_of
+from lightning_prune.errors import ConfigurationError, PlanError
+from lightning_prune.reports import export as export_
+from lightning_prune.structure import Plan, PruningPlan, choose, load_slim, prune_, save_slim, trace
+from lightning_prune.structure.slim_file import read_slim_header, read_slim_plan
+from lightning_prune.structure.sparsity import plan_from_json
+
+
+def plan(asked: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Preview a configured run, or one model."""
+    if asked.model is not None:
+        if asked.config or asked.script or rest:
+            raise ConfigurationError(
+                "--model is a preview of its own; leave out --config, --script and their arguments."
+            )
+        preview = _preview_of_model(asked)
+    elif asked.config or asked.script:
+        preview = _preview_of_run(asked, rest)
+    else:
+        raise ConfigurationError("Say what to preview: --config or --script of a run, or --model with --input.")
+    if asked.out:
+        _write(asked.out, preview.plan.to_json())
+    if asked.json:
+        sys.stdout.write(preview.to_json())
+    else:
+        tables.show(Console(), preview)
+        if asked.out:
+            sys.stdout.write(f"Plan: {asked.out}\n")
+    return 0
+
+
+def _preview_of_model(asked: argparse.Namespace) -> Preview:
+    if not asked.input:
+        raise ConfigurationError("--model needs the shape of its input too: --input 1,3,224,224.")
+    model, inputs = dense_model(asked), _inputs(asked)
+    graph = trace(model, inputs)
+    found = choose(
+        graph,
+        asked.ratio,
+        score=asked.score,
+        scope=asked.scope,
+        round_to=asked.round_to,
+        global_=asked.global_,
+        ignore=asked.ignore,
+    )
+    least = graph.plan({group.name: range(group.size - 1) for group in graph.groups})
+    return preview_of(graph, found, found, least, (inputs, {}), batches=asked.batch or (1,))
+
+
+def _preview_of_run(asked: argparse.Namespace, rest: Sequence[str]) -> Preview:
+    from lightning_prune.cli.rehearsal import Over, rehearsing
+
+    configs = [part for config in asked.config for part in ("--config", config)]
+    sys.path.insert(0, str(Path(asked.script).resolve().parent) if asked.script else "")
+    with rehearsing(asked.batch or (1,)) as found:
+        try:
+            if asked.script:
+                _run_script(asked.script, ["fit", *configs, *rest] if configs else list(rest))
+            else:
+                _run_configured(["fit", *configs, *rest])
+        except Over:
+            pass
+        finally:
+            sys.path.pop(0)
+    if found.error is not None:
+        raise found.error
+    if found.preview is None:
+        raise ConfigurationError(f"{asked.script} never called Trainer.fit, so there is no run to preview.")
+    return found.preview
+
+
+def _run_script(script: str, arguments: list[str]) -> None:
+    if not Path(script).is_file():
+        raise FileNotFoundError(f"There is no script {script}.")
+    before = sys.argv
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def _run_configured(arguments: list[str]) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    LightningCLI(subclass_mode_model=True, subclass_mode_data=True, save_config_callback=None, args=arguments)
+
+
+def diff(asked: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Print where two plans differ; exit status 1 where they do."""
+    first, second = _plan_at(asked.first), _plan_at(asked.second)
+    if not isinstance(first, PruningPlan) or not isinstance(second, PruningPlan):
+        raise PlanError("Plans of single weights hold too many positions to list; compare their files by inspect.")
+    if first.signature != second.signature:
+        sys.stdout.write(f"They are for different models: {first.signature} and {second.signature}.\n")
+    difference = first.diff(second)
+    sys.stdout.write(f"{difference}\n" if difference else "")
+    return int(bool(difference) or first.signature != second.signature)
+
+
+def apply(asked: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Cut a dense model and save what is left."""
+    found, model = _plan_at(asked.file), dense_model(asked)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    prune_(model, found)
+    save_slim(model, asked.out, found)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    if asked.json:
+        sys.stdout.write(json.dumps({"parameters_before": before, "parameters_after": after, "file": asked.out}) + "\n")
+    else:
+        sys.stdout.write(f"{before:,} -> {after:,} parameters: {asked.out}\n")
+    return 0
+
+
+def inspect(asked: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Print what a slim file or a plan holds."""
+    found = _plan_at(asked.file)
+    header = read_slim_header(asked.file) if _is_slim(asked.file) else {}
+    if asked.json:
+        values = {"layers": tables.counts(found), "signature": found.signature}
+        values |= {name: header[name] for name in ("metadata", "versions") if name in header}
+        sys.stdout.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    else:
+        tables.show_file(Console(), asked.file, found, header)
+    return 0
+
+
+def export(asked: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Load a slim file and write it in another format."""
+    model = dense_model(asked)
+    load_slim(asked.file, model)
+    made = export_(
+        model,
+        asked.out,
+        _inputs(asked),
+        format=asked.format,
+        dynamic_batch=not asked.fixed_batch,
+        tolerance=asked.tolerance,
+    )
+    sys.stdout.write(made.to_json() if asked.json else f"{made}\n")
+    return 0
+
+
+def _inputs(asked: argparse.Namespace) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator) for shape in asked.input)
+
+
+def _is_slim(path: str) -> bool:
+    return path.endswith(".safetensors")
+
+
+def _plan_at(path: str) -> Plan:
+    if _is_slim(path):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        return read_slim_plan(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{path} is no plan: it is not even text.") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no file {path}.") from error
+    return plan_from_json(text)
+
+
+def _write(path: str, text: str) -> None:
+    Path(path).write_text(text + "\n", encoding="utf-8")

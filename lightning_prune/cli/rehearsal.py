@@ -1,0 +1,229 @@
+"""A run's first batches, dense and penalised, to see what the rest of it will do; nothing is written."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import SaveConfigCallback
+
+from lightning_prune.callbacks.base import Regulariser, Timetable
+from lightning_prune.callbacks.decision import find_partners, plan_of, rooted
+from lightning_prune.callbacks.dynamics import steps_per_epoch
+from lightning_prune.callbacks.structural import StructuralPruning
+from lightning_prune.cli.preview import Preview, Stage, preview_of
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.reports.silence import silence
+
+WARM, TIMED = 2, 8
+"""Batches that are run before the clock counts, and those that it counts; once dense, once penalised."""
+
+
+class Over(BaseException):
+    """The rehearsal has seen enough. No ``Exception``: a training script's own handlers must let it pass."""
+
+
+@dataclass
+class Outcome:
+    """What came of a rehearsal: a preview, or why there is none; neither where no fit was called."""
+
+    preview: Preview | None = None
+    error: Exception | None = None
+
+
+class Rehearsal(Callback):
+    """Watches the first batches of a fit and ends it with :class:`Over`.
+
+    Args:
+        batches: batch sizes at which latency is measured.
+        processes: that the real run has.
+    """
+
+    def __init__(self, batches: Sequence[int], processes: int) -> None:
+        self._batches = tuple(batches)
+        self._processes = processes
+        self._stages: list[Stage] = []
+        self._dense: list[float] = []
+        self._penalised: list[float] = []
+        self._began = 0.0
+        self._seen: Preview | None = None
+
+    def result(self) -> Preview:
+        """What was seen; without times where the run was too short to measure them.
+
+        Raises:
+            ConfigurationError: not even the first batch was done.
+        """
+        if self._seen is None:
+            raise ConfigurationError("The run ended before its first batch was done; nothing can be said.")
+        return replace(self._seen, dense_ms=_fastest(self._dense), sparse_ms=_fastest(self._penalised))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the stages, with the steps that an epoch has on all processes of the real run."""
+        loop, processes = trainer.fit_loop, self._processes
+        if processes > 1 and loop.max_batches != math.inf:
+            loop.max_batches = math.ceil(loop.max_batches / processes)
+        _without_surgery_(trainer)
+        epoch = steps_per_epoch(trainer)
+        for partner in find_partners(trainer):
+            self._stages.append(_stage(trainer, partner, partner.timetable(trainer), epoch))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._began = _now(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock; look at the network after the first batch, begin the sparse stages, and end."""
+        took = _now(pl_module) - self._began
+        partners = find_partners(trainer)
+        if self._seen is None:
+            self._seen = self._look(partners, pl_module)
+            return
+        times = self._penalised if len(self._dense) >= WARM + TIMED else self._dense
+        times.append(took)
+        if times is self._dense and len(times) == WARM + TIMED:
+            for partner in partners:
+                partner.start = 0  # the sparse stages begin with the next batch
+        elif len(self._penalised) == WARM + TIMED:
+            raise Over
+
+    def _look(self, partners: list[Regulariser], pl_module: LightningModule) -> Preview:
+        capture = partners[0].capture
+        graph, inputs = capture.graph, capture.inputs
+        if graph is None or inputs is None or capture.name is None:
+            raise ConfigurationError("The first batch's training_step never called the network; nothing can be said.")
+        removed, least = dict[str, Sequence[int]](), dict[str, Sequence[int]]()
+        for partner in partners:
+            removed |= partner.foreseen()
+            least |= {name: range(size - 1) for name, size in partner.sizes.items()}
+        plan = plan_of(graph, removed, {})
+        smallest = plan_of(graph, least, {}) if partners[0].granularity == "channel" else None
+        whole = rooted(plan, pl_module, capture.name)
+        return preview_of(graph, whole, plan, smallest, inputs, tuple(self._stages), self._batches)
+
+
+def _stage(trainer: Trainer, partner: Regulariser, table: Timetable | None, epoch: int | None) -> Stage:
+    length = None if table is None else table.length
+    total = None
+    if epoch is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
+        total = epoch * trainer.max_epochs
+    if trainer.max_steps != -1:
+        total = trainer.max_steps if total is None else min(total, trainer.max_steps)
+    return Stage(
+        method=type(partner).__name__,
+        start=partner.start,
+        epochs=partner.epochs,
+        steps_per_epoch=epoch,
+        known_after=None if table is None else table.known,
+        steps=length,
+        total_steps=total,
+    )
+
+
+def _without_surgery_(trainer: Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it from afar
+        if isinstance(callback, StructuralPruning):
+            callback.at_epoch = 10**9
+
+
+def _fastest(times: list[float]) -> float | None:
+    """Milliseconds per batch, without those to warm up."""
+    return 1e3 * min(times[WARM:]) if len(times) > WARM else None
+
+
+def _now(pl_module: LightningModule) -> float:
+    if pl_module.device.type == "cuda":
+        torch.cuda.synchronize(pl_module.device)
+    return time.perf_counter()
+
+
+@contextmanager
+def rehearsing(batches: Sequence[int]) -> Iterator[Outcome]:
+    """Every ``Trainer.fit`` in here becomes a rehearsal: on one process, with nothing logged or saved.
+
+    Args:
+        batches: batch sizes at which latency is measured.
+
+    Yields:
+        What came of it, known before :class:`Over` is raised.
+    """
+    found = Outcome()
+    make, fit = Trainer.__init__, Trainer.fit
+
+    @functools.wraps(make)
+    def quiet(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        processes = _processes(kwargs)
+        kwargs |= {
+            "devices": 1,
+            "num_nodes": 1,
+            "strategy": "auto",
+            "logger": kwargs.get("logger") is not False and _nowhere(folder),
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "default_root_dir": folder,
+            "callbacks": [each for each in _listed(kwargs.get("callbacks")) if not isinstance(each, _SAVING)],
+        }
+        make(self, *args, **kwargs)
+        self.rehearsed_processes = processes  # type: ignore[attr-defined]  # ours, until the fit
+
+    @functools.wraps(fit)
+    def short(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        rehearsal = Rehearsal(batches, getattr(self, "rehearsed_processes", 1))
+        self.callbacks.append(rehearsal)  # type: ignore[attr-defined]  # Lightning sets it from afar
+        try:
+            fit(self, *args, **{**kwargs, "ckpt_path": None})
+        except Over:
+            pass
+        except Exception as error:  # a script that goes on after errors must not hide this one
+            found.error = error
+            raise Over from error
+        found.preview = rehearsal.result()
+        raise Over
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            stack.enter_context(silence(name))
+        stack.enter_context(redirect_stdout(sys.stderr))  # ours belongs to the preview alone
+        Trainer.__init__, Trainer.fit = quiet, short  # type: ignore[method-assign]
+        try:
+            yield found
+        finally:
+            Trainer.__init__, Trainer.fit = make, fit  # type: ignore[method-assign]
+
+
+_SAVING = (Checkpoint, SaveConfigCallback)
+
+
+def _listed(callbacks: Any) -> list[Callback]:
+    return [] if callbacks is None else [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+
+
+def _nowhere(folder: str) -> Any:
+    from lightning.pytorch.loggers import CSVLogger
+
+    return CSVLogger(folder)
+
+
+def _processes(kwargs: dict[str, Any]) -> int:
+    """How many processes a trainer with these arguments would have, as far as they say."""
+    devices, nodes = kwargs.get("devices", 1), int(kwargs.get("num_nodes") or 1)
+    if isinstance(devices, str):
+        devices = int(devices) if devices.lstrip("-").isdigit() else devices.split(",") if "," in devices else 1
+    count = devices if isinstance(devices, int) else len(devices) if isinstance(devices, (list, tuple)) else 1
+    return max(1, count) * nodes

@@ -1,0 +1,276 @@
+"""The command line: what it prints, writes and returns, and that a preview leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_prune.cli import main
+from lightning_prune.structure import read_slim_plan
+from lightning_prune.structure.plan import PruningPlan
+
+ROOT = Path(__file__).parent.parent
+
+NETWORK = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def net(width: int = 8):
+    layers = [nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+
+class Net(LightningModule):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.net = net(width)
+
+    def training_step(self, batch, batch_idx):
+        print("training on a batch")
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(32, 1, 8, 8), torch.arange(32) % 4), batch_size=8)
+
+    val_dataloader = train_dataloader
+"""
+
+BASE = """
+model:
+  class_path: {module}.Net
+data:
+  class_path: {module}.Data
+trainer:
+  max_epochs: 9
+  accelerator: cpu
+  default_root_dir: runs
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{dirpath: kept, every_n_train_steps: 1}}
+    - class_path: lightning.pytorch.callbacks.LearningRateMonitor
+"""
+
+PRUNE = """
+trainer:
+  callbacks+:
+    - class_path: lightning_prune.{method}
+      init_args: {{ratio: 0.5, start: 2, epochs: {epochs}}}
+    - class_path: lightning_prune.StructuralPruning
+      init_args: {{monitor: val_loss}}
+"""
+
+SCRIPT = """
+from lightning.pytorch import Trainer
+from lightning_prune import Magnitude, StructuralPruning
+from {module} import Data, Net
+
+callbacks = [Magnitude(0.5, start=2, epochs=3), StructuralPruning()]
+trainer = Trainer(max_epochs=9, devices=2, strategy="ddp", accelerator="cpu", callbacks=callbacks)
+try:
+    trainer.fit(Net(), Data())
+except Exception:
+    print("swallowed")
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A user's package in the working directory, under a name that no other test has imported."""
+    name = f"network_of_{abs(hash(request.node.nodeid))}"
+    (tmp_path / f"{name}.py").write_text(NETWORK)
+    (tmp_path / "base.yaml").write_text(BASE.format(module=name))
+    (tmp_path / "script.py").write_text(SCRIPT.format(module=name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield name
+    sys.modules.pop(name, None)
+
+
+def configure(method: str, epochs: int = 3) -> list[str]:
+    Path("prune.yaml").write_text(PRUNE.format(method=method, epochs=epochs))
+    return ["plan", "--config", "base.yaml", "--config", "prune.yaml"]
+
+
+def written() -> set[str]:
+    return {str(path) for path in Path().rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+
+@pytest.mark.parametrize("method", ["ASCP", "GReg1", "GReg2", "Magnitude", "MaskSparsity", "TPP"])
+def test_a_configured_run_is_previewed(method: str, module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With four batches an epoch; the run's own files don't come to be, its prints don't reach our output."""
+    command, before = configure(method, epochs=6), written() | {"prune.yaml"}
+    make, fit = Trainer.__init__, Trainer.fit
+    assert main([*command, "--json", "--out", "plan.json"]) == 0
+    assert (Trainer.__init__, Trainer.fit) == (make, fit)
+    shown = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: (row["before"], row["after"]) for row in shown["rows"]}
+    assert rows["net.0"] == (8, 4)
+    (stage,) = shown["stages"]
+    assert (stage["method"], stage["start"], stage["steps_per_epoch"], stage["steps"]) == (method, 2, 4, 24)
+    assert stage["total_steps"] == 36
+    assert shown["cost_least"]["macs"] < shown["cost_after"]["macs"] < shown["cost_before"]["macs"]
+    assert shown["dense_ms"] > 0 and shown["sparse_ms"] > 0
+    plan = PruningPlan.from_json(Path("plan.json").read_text())
+    assert plan.widths()["net.0"] == (8, 4)
+    assert written() == before | {"plan.json"}
+
+
+def test_people_get_tables(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(configure("GReg1", epochs=6)) == 0
+    shown = capsys.readouterr().out
+    assert "What would go" in shown and "pinned: net.7. Its channels are the network's output." in shown
+    assert "Stages" in shown and "finetune" in shown and "A training batch takes" in shown
+    assert "training on a batch" not in shown
+
+
+def test_a_script_is_previewed_on_one_process(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two processes each has half of the four batches; what the script catches doesn't catch us."""
+    assert main(["plan", "--script", "script.py", "--json"]) == 0
+    caught = capsys.readouterr()
+    (stage,) = json.loads(caught.out)["stages"]
+    assert (stage["steps_per_epoch"], stage["steps"]) == (2, 6)
+    assert "swallowed" not in caught.err
+    assert not Path("runs").exists() and not Path("lightning_logs").exists()
+
+
+def test_single_weights_are_previewed(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("weights.yaml").write_text(PRUNE.format(method="GReg1", epochs="6, granularity: weight"))
+    assert main(["plan", "-c", "base.yaml", "-c", "weights.yaml", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {row["name"]: (row["before"], row["after"]) for row in shown["rows"]}["net.3"] == (576, 288)
+    assert shown["cost_least"] is None
+
+
+def test_what_the_run_would_refuse_is_refused(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*configure("GReg1", epochs=7), "--trainer.max_epochs", "9"]) == 1
+    assert "raise the trainer's max_epochs" in capsys.readouterr().err
+    assert main(["plan", "-c", "base.yaml"]) == 1
+    assert "no regulariser among the trainer's callbacks" in capsys.readouterr().err
+
+
+def test_a_typo_in_the_config_is_named(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("typo.yaml").write_text(PRUNE.format(method="GReg1", epochs="3, ratoi: 0.5"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "-c", "base.yaml", "-c", "typo.yaml"])
+    assert stopped.value.code == 2
+    assert "ratoi" in capsys.readouterr().err
+
+
+def test_flags_alone_add_pruning(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Short names, because the package is imported; ``--help`` of a callback tells what its arguments mean."""
+    flags = ["--trainer.callbacks+=GReg1", "--trainer.callbacks.ratio=0.5", "--trainer.callbacks.epochs=6"]
+    assert main(["plan", "-c", "base.yaml", *flags, "--trainer.callbacks+=StructuralPruning", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [stage["method"] for stage in shown["stages"]] == ["GReg1"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "-c", "base.yaml", "--trainer.callbacks.help", "GReg1"])
+    assert stopped.value.code == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "tells instances of one class apart in checkpoints and logs" in told and "--trainer.callbacks.ratio" in told
+
+
+def test_from_a_plan_to_onnx(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Model, plan, slim file, ONNX: a chain of commands."""
+    import importlib
+
+    sys.path.insert(0, "")
+    torch.manual_seed(0)
+    torch.save(importlib.import_module(module).net().state_dict(), "dense.pt")
+    model = ["--model", f"{module}.net", "--model-args", '{"width": 8}']
+    assert main(["plan", *model, "--weights", "dense.pt", "--input", "2,1,8,8", "--out", "plan.json"]) == 0
+    assert main(["plan", "apply", "plan.json", *model, "--weights", "dense.pt", "--out", "slim.safetensors"]) == 0
+    assert read_slim_plan("slim.safetensors") == PruningPlan.from_json(Path("plan.json").read_text())
+    assert main(["plan", "diff", "plan.json", "slim.safetensors"]) == 0
+    assert "-> 216 parameters" in (shown := capsys.readouterr().out), shown
+    assert main(["inspect", "slim.safetensors"]) == 0
+    assert "signature" in capsys.readouterr().out
+    assert main(["inspect", "slim.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]["0"] == [8, 4]
+    assert main(["export", "slim.safetensors", *model, "--input", "2,1,8,8", "--out", "slim.onnx", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batches"] == [2, 3]
+    assert Path("slim.onnx").stat().st_size > 0
+    assert main(["plan", *model, "--input", "2,1,8,8", "--ratio", "0.25", "--out", "less.json"]) == 0
+    capsys.readouterr()
+    assert main(["plan", "diff", "plan.json", "less.json"]) == 1
+    assert "0.weight dim 0: 4 -> 6 of 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        (["plan"], 1, "Say what to preview"),
+        (["plan", "--model", "torch.nn.Linear"], 1, "--input 1,3,224,224"),
+        (
+            ["plan", "--model", "torch.nn.Nothing", "--input", "1,2"],
+            1,
+            "nothing to call under the name 'torch.nn.Nothing'",
+        ),
+        (["plan", "--model", "torch.nn.Linear", "--input", "1,2"], 1, "can't be called with {}"),
+        (["plan", "--model", "torch.Tensor", "--input", "1,2"], 1, "makes a Tensor, not a torch.nn.Module"),
+        (["plan", "--model", "torch.nn.ReLU", "--input", "1,2", "--config", "a.yaml"], 1, "a preview of its own"),
+        (["plan", "--script", "none.py"], 2, "There is no script none.py"),
+        (["plan", "diff", "none.json", "none.json"], 2, "There is no file none.json"),
+        (["inspect", "none.safetensors"], 2, "There is no file none.safetensors"),
+        (["inspect", "foreign.json"], 1, "This is not a pruning plan"),
+        (["inspect", "binary.json"], 1, "binary.json is no plan"),
+        (["export", "foreign.safetensors", "--model", "torch.nn.ReLU", "--input", "1", "--out", "x"], 1, "slim file"),
+    ],
+)
+def test_errors_are_one_line(
+    command: list[str],
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("foreign.json").write_text("{}")
+    Path("binary.json").write_bytes(bytes(range(128, 256)))
+    Path("foreign.safetensors").write_text("nothing of ours")
+    assert main(command) == status
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["prune"], "invalid choice: 'prune'"),
+        (["inspect", "a", "--fast"], "unrecognized arguments: --fast"),
+        (["plan", "--model", "m", "--input", "3,a"], "'3,a' is no shape"),
+        (["plan", "--model", "m", "--model-args", "[]"], "is no JSON object"),
+    ],
+)
+def test_wrong_usage_ends_with_two(command: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_prune", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "plan diff" in result.stdout and "inspect" in result.stdout
