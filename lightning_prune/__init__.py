@@ -5,6 +5,7 @@ Names load on first use, so that ``lightning_prune.structure`` works without Lig
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -133,3 +134,8 @@ def _installed_version() -> str:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if "lightning.pytorch" in sys.modules:  # LightningCLI knows by their short names the classes that exist
+    for _home in _HOMES:
+        import_module(_home)

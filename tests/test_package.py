@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -32,6 +35,21 @@ def test_every_name_of_the_rooms_is_sorted_and_found(room: str) -> None:
         assert hasattr(module, name)
     with pytest.raises(AttributeError, match="no attribute 'unknown'"):
         _ = module.unknown
+
+
+def test_lightning_cli_knows_short_names() -> None:
+    """As soon as a script has imported both."""
+    code = """
+        from lightning.pytorch.cli import LightningCLI
+        import lightning_prune
+        flags = ["--trainer.callbacks=GReg1", "--trainer.callbacks.ratio=0.5", "--trainer.callbacks.epochs=3"]
+        flags += ["--trainer.callbacks+=StructuralPruning", "--model=BoringModel", "--trainer.logger=false"]
+        cli = LightningCLI(subclass_mode_model=True, run=False, args=flags)
+        assert [type(callback).__name__ for callback in cli.trainer.callbacks[:2]] == ["GReg1", "StructuralPruning"]
+    """
+    code = "from lightning.pytorch.demos.boring_classes import BoringModel\n" + textwrap.dedent(code)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
