@@ -100,6 +100,10 @@ def _run_script(script: str, arguments: list[str]) -> None:
 def _run_configured(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningCLI
 
+    from lightning_prune import callbacks
+
+    for name in callbacks.__all__:
+        getattr(callbacks, name)  # LightningCLI knows by their short names the classes that exist
     LightningCLI(subclass_mode_model=True, subclass_mode_data=True, save_config_callback=None, args=arguments)
 
 
