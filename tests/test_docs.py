@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_prune
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -84,3 +86,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_reference_is_whole() -> None:
+    """Every public name is in the API reference, and every page in the table of contents."""
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)$", reference, re.MULTILINE)}
+    assert documented >= set(lightning_prune.__all__) - {"__version__"}
+    contents = (ROOT / "docs" / "contents.md").read_text(encoding="utf-8")
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"contents"} <= set(contents.split())
