@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,28 +28,15 @@ from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torchvision.models import resnet50
-from torchvision.models.resnet import BasicBlock
 
 from lightning_prune import clusters
+
+sys.path.insert(0, str(Path(__file__).parent))
+from networks import resnet56
 
 # seconds, times faster than scikit-learn
 TARGETS = {"ResNet-56": (0.15, 2.5), "ResNet-50": (2.0, 10.0)}
 MOST_INERTIA = 1.02
-
-
-def resnet56() -> nn.Module:
-    """The CIFAR network of three stages of nine basic blocks, with projection shortcuts."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    inputs = 16
-    for width in (16, 32, 64):
-        for _ in range(9):
-            shortcut, stride = None, 1
-            if width != inputs:
-                stride = 2
-                shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-            layers.append(BasicBlock(inputs, width, stride, shortcut))
-            inputs = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def train_(net: nn.Module, side: int, steps: int, batch: int) -> None:
