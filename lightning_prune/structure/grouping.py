@@ -136,11 +136,11 @@ def _counted(
         owner.update(dict.fromkeys(roots.tolist(), group.name))
     counted = {}
     for attribute, labels in known.sizes.items():
-        parts: dict[str, set[int]] = {}
-        roots = solution.root[labels].tolist()
-        for root in roots:
+        parts: dict[str, int] = {}
+        roots, times = np.unique(solution.root[labels], return_counts=True)
+        for root, each in zip(roots.tolist(), times.tolist(), strict=True):
             if root in owner:
-                parts.setdefault(owner[root], set()).add(roots.count(root))
+                parts[owner[root]] = max(each, parts.get(owner[root], 0))
         if parts:
-            counted[attribute] = tuple((name, max(each)) for name, each in parts.items())
+            counted[attribute] = tuple(parts.items())
     return counted

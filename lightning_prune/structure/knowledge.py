@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,6 +12,15 @@ from torch import Tensor, nn
 
 from lightning_prune.structure.labels import Axes, Axis, Ints, Labels
 from lightning_prune.structure.plan import submodule
+
+#: Names under which modules keep numbers of heads, and widths of one head.
+HEADS: tuple[str, ...] = ("num_heads", "n_heads", "nheads", "heads", "n_head", "nhead", "num_attention_heads")
+HEADS += ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "n_kv_head")
+HEAD_WIDTHS = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "dim_per_head", "head_width")
+
+#: Names under which modules keep numbers of channels, unlike those of pixels, positions, windows or classes.
+_CHANNELS = re.compile(r"dim|channel|feature|width|hidden|embed|inner|model|head|plane|filter|unit|chs|^c$|^d$")
+_OTHERS = re.compile(r"image|img|patch|window|kernel|grid|pool|stride|seq|len|class|layer|group|depth")
 
 
 class Record(NamedTuple):
@@ -117,7 +127,42 @@ class Knowledge:
             self.roles.setdefault(member, set()).add(role)
 
     def note_size(self, attribute: str, axis: Axis | None) -> None:
-        """Note that the module at work keeps the length of this dim as a number that no tensor of its own tells."""
+        """Note that the module at work keeps the length of this dim as a number that no tensor of its own tells.
+
+        Two dims that one number counts live and die together.
+        """
         module = submodule(self.model, self.module)
         if axis is not None and getattr(module, attribute, None) == axis.labels.size:
-            self.sizes[f"{self.module}.{attribute}" if self.module else attribute] = axis.labels
+            counted = self.sizes.setdefault(_joined(self.module, attribute), axis.labels)
+            self.labels.unite(counted, axis.labels)
+
+    def number(self, names: Iterable[str], size: int) -> str | None:
+        """Under which of these names the module at work keeps this number, if it does."""
+        module = vars(submodule(self.model, self.module))
+        return next((name for name in names if type(module.get(name)) is int and module[name] == size), None)
+
+    def take_number(self, where: str, labels: Ints) -> bool:
+        """Let the numbers of channels follow that a module, or one around it, keeps of a dim, if they don't yet.
+
+        Args:
+            where: name of the module whose code counts the channels.
+            labels: of the dim.
+        """
+        parts = where.split(".") if where else []
+        for depth in range(len(parts), -1, -1):
+            path = ".".join(parts[:depth])
+            kept = vars(submodule(self.model, path)).items()
+            names = [name for name, value in kept if type(value) is int and value == labels.size and _counts(name)]
+            new = [key for name in names if (key := _joined(path, name)) not in self.sizes]
+            self.sizes.update(dict.fromkeys(new, labels))
+            if new:
+                return True
+        return False
+
+
+def _joined(path: str, attribute: str) -> str:
+    return f"{path}.{attribute}" if path else attribute
+
+
+def _counts(name: str) -> bool:
+    return bool(_CHANNELS.search(name)) and not _OTHERS.search(name)

@@ -10,7 +10,7 @@ and the pass goes on with a tensor of the foretold size: one pass finds all such
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,15 @@ from lightning_prune.structure.labels import Axes, Axis, Ints, Labels, Solution
 from lightning_prune.structure.plan import Member, named_tensors
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.surgery import Cut, Cuts, resize_
-from lightning_prune.structure.watch import compute, on_meta, open_up, operator_name, rule_for, scalars_of
+from lightning_prune.structure.watch import UNSEEN, compute, on_meta, open_up, operator_name, rule_for, scalars_of
 
-Pins = list[tuple[Ints, str]]
+
+class Fault(NamedTuple):
+    """Where Python does not agree: labels of the dims that it counts, why, and in which module."""
+
+    guilty: list[Ints]
+    reason: str
+    where: str
 
 
 def probe(
@@ -36,8 +42,8 @@ def probe(
     graph: ChannelGraph,
     fresh: Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]],
     without_memory: bool,
-) -> Pins:
-    """What else must be pinned, with reasons; nothing where the model runs as foretold in all trials.
+) -> list[Fault]:
+    """What else must be pinned, or counted; nothing where the model runs as foretold in all trials.
 
     Args:
         records: of the dense pass.
@@ -48,9 +54,9 @@ def probe(
         without_memory: whether these copies have none.
     """
     for times in _trials(graph, without_memory):
-        pins = _try(records, _times_of_labels(labels, solution, graph, times), graph, times, *fresh())
-        if pins:
-            return pins
+        faults = _try(records, _times_of_labels(labels, solution, graph, times), graph, times, *fresh())
+        if faults:
+            return faults
     return []
 
 
@@ -62,7 +68,7 @@ def _try(
     trial: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> Pins:
+) -> list[Fault]:
     resize_(trial, *_cuts(graph, widths))
     prober = Prober(records, times)
     failure = ""
@@ -73,10 +79,11 @@ def _try(
         except Exception as error:  # the user's own checks may raise anything
             failure = " ".join(str(error).split())[:200] or type(error).__name__
             prober.blame_next(f"Its channels are counted by the model's own code ({failure}).")
-    if prober.pins or (not failure and prober.complete and not prober.failed):
-        return prober.pins
+    if prober.faults or (not failure and prober.complete and not prober.failed):
+        return prober.faults
     why = failure or "it takes another way"
-    return [(np.flatnonzero(times != 1), f"The model does not run with another number of channels ({why}).")]
+    reason = f"The model does not run with another number of channels ({why})."
+    return [Fault([np.flatnonzero(times != 1)], reason, "")]
 
 
 def _trials(graph: ChannelGraph, without_memory: bool) -> Iterator[dict[str, Ints]]:
@@ -127,7 +134,7 @@ class Prober(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.records = records
         self.times = times
-        self.pins: Pins = []
+        self.faults: list[Fault] = []
         self.position = 0
         self.astray = False
         self.failed = False
@@ -144,26 +151,31 @@ class Prober(TorchDispatchMode):
             if opened is not NotImplemented:
                 return opened
         args, kwargs = on_meta(args, kwargs)
-        record = self._next(operator_name(func))
+        name = operator_name(func)
+        record = None if name in UNSEEN else self._next(name)
         if record is None:
             return func(*args, **kwargs)
         expected = [tuple(self._sizes(axes, shape)) for axes, shape in zip(record.outputs, record.shapes, strict=True)]
         if scalars_of(func, args, kwargs) != record.scalars:
-            self._blame(record.inputs, f"A number that depends on their count enters {_named(record)}.")
+            self._blame(record.where, record.inputs, f"A number that depends on their count enters {_named(record)}.")
         try:
             result = compute(func, args, kwargs)
         except Exception:  # a size that does not fit, in whatever words
-            self._blame((*record.inputs, *record.outputs), f"{_named(record)} fails with another number of channels.")
+            reason = f"{_named(record)} fails with another number of channels."
+            self._blame(record.where, (*record.inputs, *record.outputs), reason)
             return _stand_in(func, args, kwargs, expected)
         if [tuple(tensor.shape) for tensor in tensors_in(result)] == expected:
             return result
-        self._blame(record.outputs, f"Their count is written down or worked out anew in {_named(record)}.")
+        self._blame(
+            record.where, record.outputs, f"Their count is written down or worked out anew in {_named(record)}."
+        )
         return _stand_in(func, args, kwargs, expected)
 
     def blame_next(self, reason: str) -> None:
         """Python itself failed: what the next operator would have read is counted somewhere."""
         following = self.records[self.position : self.position + 1]
-        self._blame(tuple(axes for record in following for axes in (*record.inputs, *record.outputs)), reason)
+        axes = tuple(axes for record in following for axes in (*record.inputs, *record.outputs))
+        self._blame(following[0].where if following else "", axes, reason)
 
     def _next(self, operator: str) -> Record | None:
         if self.astray or self.position >= len(self.records) or self.records[self.position].operator != operator:
@@ -178,14 +190,15 @@ class Prober(TorchDispatchMode):
         for axis, size in zip(axes, shape, strict=True):
             yield size if axis is None else int(self.times[axis.labels].sum())
 
-    def _blame(self, tensors: tuple[Axes, ...], reason: str) -> None:
-        """Pin what has another width along these dims; where nothing has, it was read off an earlier tensor."""
+    def _blame(self, where: str, tensors: tuple[Axes, ...], reason: str) -> None:
+        """Blame what has another width along these dims; where nothing has, it was read off an earlier tensor."""
         self.failed = True
         earlier = self.position - 1
         while not (guilty := self._changing_along(tensors)) and earlier >= 0:
             tensors = (*self.records[earlier].inputs, *self.records[earlier].outputs)
             earlier -= 1
-        self.pins += [(axis.labels, reason) for axis in guilty]
+        if guilty:
+            self.faults.append(Fault([axis.labels for axis in guilty], reason, where))
 
     def _changing_along(self, tensors: tuple[Axes, ...]) -> list[Axis]:
         found = (axis for axes in tensors for axis in axes if axis is not None)

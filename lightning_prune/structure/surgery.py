@@ -13,6 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PlanError
+from lightning_prune.structure.elastic import nests, outgrown
 from lightning_prune.structure.plan import NOWHERE, PruningPlan, named_tensors, signature, submodule
 from lightning_prune.structure.sparsity import Plan, SparsityPlan, mask_
 
@@ -92,6 +93,11 @@ def resize_(
         for name, number in numbers.items():
             path, _, attribute = name.rpartition(".")
             _set(submodule(model, path), attribute, number, undo)
+        for module, twin in list(outgrown(model)):
+            _set(module, "__class__", twin, undo)
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder) and not nests(module):
+                _set(module, "use_nested_tensor", False, undo)
 
 
 def check_fits(model: nn.Module, plan: PruningPlan) -> None:
@@ -298,6 +304,13 @@ def _group_norm(module: Any, depthwise: bool) -> dict[str, Any]:
     return {"num_channels": channels, "num_groups": groups}
 
 
+def _attention(module: Any, depthwise: bool) -> dict[str, Any]:
+    if module.in_proj_weight is None:
+        queries, keys, values = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+        return {"embed_dim": queries.shape[1], "kdim": keys.shape[1], "vdim": values.shape[1]}
+    return dict.fromkeys(("embed_dim", "kdim", "vdim"), module.in_proj_weight.shape[1])
+
+
 def _recurrent(module: Any, depthwise: bool) -> dict[str, Any]:
     return {"input_size": module.weight_ih_l0.shape[1]}
 
@@ -312,4 +325,5 @@ NUMBERS: tuple[tuple[tuple[type, ...], Callable[[Any, bool], dict[str, Any]]], .
     ((nn.Embedding, nn.EmbeddingBag), _of_weight({"num_embeddings": 0, "embedding_dim": 1})),
     ((nn.PReLU,), _of_weight({"num_parameters": 0})),
     ((nn.RNNBase,), _recurrent),
+    ((nn.MultiheadAttention,), _attention),
 )

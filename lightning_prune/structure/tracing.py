@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import TraceError
+from lightning_prune.structure.elastic import loosen_
 from lightning_prune.structure.graph import ChannelGraph
 from lightning_prune.structure.grouping import graph_of
 from lightning_prune.structure.probe import probe
@@ -52,18 +53,20 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
     graph = graph_of(model, watcher.known, solution)
 
     def fresh() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        return replica(model, device), *to_device((args, named), device)
+        return loosen_(replica(model, device)), *to_device((args, named), device)
 
-    while graph.groups and (pins := probe(watcher.records, labels, solution, graph, fresh, device == "meta")):
-        for pinned, reason in pins:
-            labels.pin(pinned, reason)
+    while graph.groups and (faults := probe(watcher.records, labels, solution, graph, fresh, device == "meta")):
+        for fault in faults:
+            if not any([watcher.known.take_number(fault.where, guilty) for guilty in fault.guilty]):
+                for guilty in fault.guilty:
+                    labels.pin(guilty, fault.reason)
         solution = labels.solve()
         graph = graph_of(model, watcher.known, solution)
     return graph
 
 
 def _watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Watcher:
-    watcher = Watcher(replica(model, device))
+    watcher = Watcher(loosen_(replica(model, device)))
     watcher.run(*to_device((args, kwargs), device))
     return watcher
 

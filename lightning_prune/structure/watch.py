@@ -73,6 +73,8 @@ class Watcher(TorchDispatchMode):
             self.known.remember(tensor, new, from_data)
         if self._after_branch is not None:
             self._after_branch.extend(written)
+        if call.name in UNSEEN:
+            return
         shapes = tuple(tensor.shape for tensor in call.outputs)
         scalars = scalars_of(func, args, kwargs)
         self.records.append(Record(call.name, self.known.module, read, tuple(written), shapes, scalars))
@@ -89,6 +91,10 @@ class Watcher(TorchDispatchMode):
 
     def _leaving(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.known.stack.pop()
+
+
+#: Operators that are skipped where there is nothing to do, which may depend on sizes.
+UNSEEN = ("contiguous",)
 
 
 def operator_name(func: Any) -> str:

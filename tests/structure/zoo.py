@@ -71,10 +71,10 @@ CONVOLUTIONAL = {
 }
 
 ATTENTION = {
-    "vit_b_16": Entry(_net("vit_b_16", image_size=64), 1.0, heavy=True),
-    "swin_t": Entry(_net("swin_t"), 1.0),
-    "swin_v2_t": Entry(_net("swin_v2_t"), 1.0),
-    "maxvit_t": Entry(_net("maxvit_t", input_size=(224, 224)), 1.0, size=224, heavy=True),
+    "vit_b_16": Entry(_net("vit_b_16", image_size=64), 0.27, heavy=True),
+    "swin_t": Entry(_net("swin_t"), 0.27),
+    "swin_v2_t": Entry(_net("swin_v2_t"), 0.27),
+    "maxvit_t": Entry(_net("maxvit_t", input_size=(224, 224)), 0.27, size=224, heavy=True),
 }
 
 ZOO = {**CONVOLUTIONAL, **ATTENTION}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lightning_prune.structure.call import Call
+from lightning_prune.structure.knowledge import HEAD_WIDTHS, HEADS
 from lightning_prune.structure.labels import Axes, Axis, Ints
 from lightning_prune.structure.rules.registry import couple, fixed, positive, rule, spread, together
 
@@ -25,11 +26,20 @@ def reshape(call: Call) -> list[Axes]:
         call.pin(axes, "are part of a tensor that is empty or read as another type")
         return [(None,) * out.dim()]
     result: list[Axis | None] = []
+    opened = _open(call)
     for before, after in _blocks(source.shape, out.shape):
-        result += _regroup(
-            call, [axes[i] for i in before], [source.shape[i] for i in before], [out.shape[i] for i in after]
-        )
+        into = [out.shape[i] for i in after]
+        left_open = after.index(opened) if opened in after else None
+        result += _regroup(call, [axes[i] for i in before], [source.shape[i] for i in before], into, left_open)
     return [tuple(result)]
+
+
+def _open(call: Call) -> int | None:
+    """The dim whose size Python leaves to be worked out."""
+    if call.name not in ("view", "reshape", "_unsafe_view"):
+        return None
+    shape = call.arg(1, "size" if call.name == "view" else "shape")
+    return list(shape).index(-1) if isinstance(shape, (list, tuple)) and -1 in shape else None
 
 
 def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -59,7 +69,9 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[
         yield left, right
 
 
-def _regroup(call: Call, axes: list[Axis | None], sizes: list[int], out: list[int]) -> list[Axis | None]:
+def _regroup(
+    call: Call, axes: list[Axis | None], sizes: list[int], out: list[int], left_open: int | None
+) -> list[Axis | None]:
     """Merge the dims of one block into one and cut that again."""
     if len(axes) == len(out) == 1:
         return axes
@@ -69,7 +81,8 @@ def _regroup(call: Call, axes: list[Axis | None], sizes: list[int], out: list[in
             call.pin(axis, "are the only one of their kind")
     if not wide:
         return [None] * len(out)
-    keep = max(wide, key=lambda k: sizes[k])
+    # a stretched dim suits any size: it gives way to one that is a parameter's
+    keep = max(wide, key=lambda k: (bool((spread(axes[k], 0) < call.labels.atoms).any()), sizes[k]))
     for k in wide:
         if k != keep:
             call.pin(axes[k], "are merged with another dim that may shrink")
@@ -77,21 +90,38 @@ def _regroup(call: Call, axes: list[Axis | None], sizes: list[int], out: list[in
     shape = [1] * len(sizes)
     shape[keep] = sizes[keep]
     flat = np.broadcast_to(kept.labels.reshape(shape), sizes).reshape(-1)
-    return _cut(call, flat, kept.vanishes, out)
+    return _cut(call, flat, kept.vanishes, out, left_open)
 
 
-def _cut(call: Call, flat: Ints, vanishes: bool, out: list[int]) -> list[Axis | None]:
-    """Along which of the new dims do labels change? The widest of these may shrink; along the others they unite."""
+def _cut(call: Call, flat: Ints, vanishes: bool, out: list[int], left_open: int | None) -> list[Axis | None]:
+    """Along which of the new dims do labels change? One of these may shrink; along the others they unite."""
     table = flat.reshape(out)
     varying = [k for k, size in enumerate(out) if size > 1 and np.any(table != table.take([0], k))]
     if not varying:
         call.labels.pin(flat[:1], "Its channels are the only one of their kind.")
         return [None] * len(out)
-    elastic = max(varying, key=lambda k: out[k])
+    elastic = _elastic(call, varying, out, left_open)
     rows = np.moveaxis(table, elastic, 0).reshape(out[elastic], -1)
+    axis = Axis(rows[:, 0], vanishes)
     if len(varying) > 1:
         call.labels.unite(rows[:, :1], rows)
-    return [Axis(rows[:, 0], vanishes) if k == elastic else None for k in range(len(out))]
+        if heads := call.known.number(HEADS, out[elastic]):
+            call.known.note_size(heads, axis)
+            call.labels.mark(axis.labels, "bound")
+    return [axis if k == elastic else None for k in range(len(out))]
+
+
+def _elastic(call: Call, varying: list[int], out: list[int], left_open: int | None) -> int:
+    """Which new dim may shrink: that of the heads, else the one that Python leaves open, else the widest."""
+    known = call.known
+    heads = [k for k in varying if known.number(HEADS, out[k])]
+    if heads:
+        # (3, heads, width) and (heads, width), whichever of them are equal
+        return heads[-2] if len(heads) > 1 and heads[-1] == len(out) - 1 else heads[-1]
+    widths = [k for k in varying if known.number(HEAD_WIDTHS, out[k])]
+    if len(widths) == 1 and len(varying) > 1:
+        varying = [k for k in varying if k not in widths]
+    return left_open if left_open in varying else max(varying, key=lambda k: out[k])
 
 
 @rule("permute")
