@@ -52,7 +52,16 @@ class Call:
         """Forbid the positions of one dim, or of all dims of a tensor, to leave; ``why`` ends a sentence."""
         for axis in (axes,) if isinstance(axes, Axis) else axes or ():
             if axis is not None:
-                self.labels.pin(axis.labels, f"Its channels {why} ({self.name} {self.where}).")
+                self.labels.pin(axis.labels, self._reason(why))
+
+    def pin_if_read(self, axis: Axis | None, why: str) -> None:
+        """As :meth:`pin`, once somebody reads what this operator returns."""
+        if axis is not None:
+            for tensor in self.outputs:
+                self.known.owe(tensor, axis.labels, self._reason(why))
+
+    def _reason(self, why: str) -> str:
+        return f"Its channels {why} ({self.name} {self.where})."
 
     def role(self, labels: Ints, role: str) -> None:
         """Note what a parameter dim is to its group, see :class:`Knowledge`."""

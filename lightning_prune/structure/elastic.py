@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 class Elastic(nn.Module):
     """What all twins share: they are pickled and copied by the class that they stand for."""
 
-    #: The layer that leads from the inner width back to the embedding width.
-    last: ClassVar[str]
+    @staticmethod
+    def widths(module: Any) -> tuple[int, ...]:
+        """Widths of what is read, between and returned; the original forward wants them to be equal."""
+        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         whole = super().__reduce_ex__(max(2, protocol))
@@ -37,8 +39,6 @@ class MultiheadAttention(Elastic):
     with the head's width :math:`d` of the dense module. All arguments are those of the original.
     """
 
-    last = "out_proj"
-
     num_heads: int
     head_dim: int
     dropout: float
@@ -52,6 +52,12 @@ class MultiheadAttention(Elastic):
     bias_k: Tensor | None
     bias_v: Tensor | None
     out_proj: nn.Linear
+
+    @staticmethod
+    def widths(module: Any) -> tuple[int, ...]:
+        """See :meth:`Elastic.widths`."""
+        first = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
+        return (first.shape[1], *module.out_proj.weight.shape)
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -76,7 +82,8 @@ class MultiheadAttention(Elastic):
         q, k, v = self._project([self._batch_first(x, batched) for x in (query, key, value)], alone)
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        mask = _total_mask(q, k.shape[2] - self._extra, attn_mask, key_padding_mask)
+        hinted = is_causal and key_padding_mask is None and not need_weights
+        mask = None if hinted else _total_mask(q, k.shape[2] - self._extra, attn_mask, key_padding_mask)
         if mask is not None and self._extra:
             mask = F.pad(mask, (0, self._extra))
         dropout = self.dropout if self.training else 0.0
@@ -85,10 +92,10 @@ class MultiheadAttention(Elastic):
             scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
             weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
             out = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
+            weights = weights.mean(-3) if average_attn_weights else weights
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, hinted)
         out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return out.squeeze(0), weights
@@ -106,12 +113,12 @@ class MultiheadAttention(Elastic):
 
     def _project(self, inputs: list[Tensor], alone: bool) -> list[Tensor]:
         """Queries, keys and values, each ``(batch, heads, positions, head_dim)``."""
-        biases: Sequence[Tensor | None] = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if self.in_proj_weight is not None and alone:
             found = list(F.linear(inputs[0], self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         else:
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             weights = separate if self.in_proj_weight is None else self.in_proj_weight.chunk(3)
+            biases: Sequence[Tensor | None] = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             found = [F.linear(*operands) for operands in zip(inputs, weights, biases, strict=True)]
         if self.bias_k is not None and self.bias_v is not None:
             extra = (bias.expand(found[0].shape[0], -1, -1) for bias in (self.bias_k, self.bias_v))
@@ -146,8 +153,6 @@ def _total_mask(q: Tensor, keys: int, attn_mask: Tensor | None, padding: Tensor 
 class ShiftedWindowAttention(Elastic):
     """Twin of torchvision's attention in (shifted) windows, Swin and Swin V2; ``x`` is ``(batch, H, W, C)``."""
 
-    last = "proj"
-
     num_heads: int
     window_size: list[int]
     shift_size: list[int]
@@ -156,6 +161,11 @@ class ShiftedWindowAttention(Elastic):
     qkv: nn.Linear
     proj: nn.Linear
     get_relative_position_bias: Callable[[], Tensor]
+
+    @staticmethod
+    def widths(module: Any) -> tuple[int, ...]:
+        """See :meth:`Elastic.widths`."""
+        return (module.qkv.weight.shape[1], *module.proj.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """See torchvision's ``shifted_window_attention``."""
@@ -219,14 +229,17 @@ def _regions(x: Tensor, *sides: tuple[int, int, int]) -> Tensor:
 class RelativePositionalAttention(Elastic):
     """Twin of torchvision's attention in MaxViT; ``x`` is ``(batch, partitions, positions, C)``."""
 
-    last = "merge"
-
     n_heads: int
     head_dim: int
     scale_factor: float
     to_qkv: nn.Linear
     merge: nn.Linear
     get_relative_positional_bias: Callable[[], Tensor]
+
+    @staticmethod
+    def widths(module: Any) -> tuple[int, ...]:
+        """See :meth:`Elastic.widths`."""
+        return (module.to_qkv.weight.shape[1], *module.merge.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """See torchvision's ``RelativePositionalMultiHeadAttention``."""
@@ -278,13 +291,8 @@ def outgrown(model: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     """Modules whose own forward no longer does, with the twin that does."""
     for module in model.modules():
         twin = _twin_of(type(module))
-        if twin is not None and _oblong(module.get_submodule(twin.last)):
+        if twin is not None and len(set(twin.widths(module))) > 1:
             yield module, twin
-
-
-def _oblong(layer: Any) -> bool:
-    inner, outer = layer.weight.shape
-    return bool(inner != outer)
 
 
 def nests(encoder: nn.TransformerEncoder) -> bool:

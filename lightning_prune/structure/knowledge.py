@@ -69,6 +69,7 @@ class Knowledge:
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._known: dict[int, Known] = {}
         self._tainted: set[int] = set()
+        self._debts: dict[int, list[tuple[weakref.ref[Tensor], Ints, str]]] = {}
 
     @property
     def module(self) -> str:
@@ -121,6 +122,23 @@ class Knowledge:
             if known.reference() is not None and (known.from_data or key in wanted)
         ]
 
+    def owe(self, tensor: Tensor, labels: Ints, reason: str) -> None:
+        """Pin these labels as soon as somebody reads the tensor, which has mixed them; if nobody does, never."""
+        self._debts.setdefault(id(tensor), []).append((weakref.ref(tensor), labels, reason))
+
+    def settle(self, tensor: Tensor) -> None:
+        """Pin what is owed for a tensor that is read."""
+        for reference, labels, reason in self._debts.pop(id(tensor), ()):
+            if reference() is tensor:
+                self.labels.pin(labels, reason)
+
+    def settle_live(self) -> None:
+        """Pin what is owed for tensors that somebody still holds."""
+        for debts in self._debts.values():
+            for reference, labels, reason in debts:
+                if reference() is not None:
+                    self.labels.pin(labels, reason)
+
     def note_role(self, labels: Ints, role: str) -> None:
         """Note what the parameter dim that these labels belong to is to its group."""
         for member in self.labels.member_ids(labels).tolist():
@@ -165,4 +183,4 @@ def _joined(path: str, attribute: str) -> str:
 
 
 def _counts(name: str) -> bool:
-    return bool(_CHANNELS.search(name)) and not _OTHERS.search(name)
+    return bool(_CHANNELS.search(name)) and not _OTHERS.search(name) and name not in HEAD_WIDTHS

@@ -44,6 +44,7 @@ class Watcher(TorchDispatchMode):
             self.known.remember(tensor, (None,) * tensor.dim(), from_data=True)
         with quiet_room(), self:
             output = self.model(*args, **kwargs)
+        self.known.settle_live()
         # what was returned, or left behind on a module, keeps its channels
         self._pin_all(self.known.live(also=tensors_in(pytree.tree_leaves(output))), "are the network's output")
         if self._after_branch is not None and self._has_unused_layers():
@@ -63,6 +64,8 @@ class Watcher(TorchDispatchMode):
 
     def _follow(self, func: Any, rule: Rule, args: Any, kwargs: Any, result: Any) -> None:
         call = Call(self.known, operator_name(func), args, kwargs, list(tensors_in(result)))
+        for tensor in call.inputs:
+            self.known.settle(tensor)
         read = tuple(call.axes(tensor) for tensor in call.inputs)
         from_data = any(self.known.from_data(tensor) for tensor in call.inputs)
         if from_data and not call.outputs and self._after_branch is None:

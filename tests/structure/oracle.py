@@ -356,6 +356,10 @@ def _numbers(module: nn.Module) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return tuple(module.normalized_shape), tuple(module.weight.shape)
     if isinstance(module, nn.GroupNorm) and module.weight is not None:
         return (module.num_channels, 0), (len(module.weight), module.num_channels % module.num_groups)
+    if isinstance(module, nn.MultiheadAttention):
+        first = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
+        said = (module.embed_dim, module.num_heads * module.head_dim)
+        return said, (first.shape[1], module.out_proj.weight.shape[1])
     if isinstance(module, nn.PReLU):
         return (module.num_parameters,), tuple(module.weight.shape)
     return (), ()

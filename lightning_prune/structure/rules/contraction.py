@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -123,6 +124,13 @@ def linear(call: Call) -> list[Axes]:
     return [(*(axes[:-1] if bias is None else shifted(axes[:-1])), _bias(call, rows, bias))]
 
 
+def _bind(call: Call, axes: Sequence[Axis | None]) -> None:
+    """Heads are weighed by what they hold: none can stand for another."""
+    for axis in axes:
+        if axis is not None:
+            call.labels.mark(axis.labels, "bound")
+
+
 def _product(call: Call, a: Tensor, b: Tensor) -> Axes:
     left, right = call.axes(a), call.axes(b)
     weighted = not (call.known.from_data(a) and call.known.from_data(b))
@@ -141,6 +149,8 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Axes:
                 call.pin(axis, "are stretched over another dim")
         along = [axis for size, axis in sides if size == longest]
         zero = any(axis is not None and axis.vanishes for axis in along)
+        if not weighted:
+            _bind(call, along)
         batch.append(together(call, along, zero, FIXED_PARTNER))
     return (*batch, left[-2], right[-1])
 
@@ -194,6 +204,7 @@ def attention(call: Call) -> list[Axes]:
         together(call, list(along), bool(along[2] and along[2].vanishes), FIXED_PARTNER)
         for along in zip(q[:-2], k[:-2], v[:-2], strict=True)
     ]
+    _bind(call, batch)
     return [(*batch, *shifted(q[-2:-1]), v[-1])]
 
 

@@ -100,28 +100,25 @@ def _cut(call: Call, flat: Ints, vanishes: bool, out: list[int], left_open: int 
     if not varying:
         call.labels.pin(flat[:1], "Its channels are the only one of their kind.")
         return [None] * len(out)
-    elastic = _elastic(call, varying, out, left_open)
+    # only of the model's own channels may a module keep numbers
+    heads, widths = (HEADS, HEAD_WIDTHS) if (flat < call.labels.atoms).any() else ((), ())
+    counted = [k for k in varying if call.known.number(heads, out[k])]
+    others = [k for k in varying if not call.known.number(widths, out[k])]
+    if counted:
+        # (3, heads, width) and (heads, width), whichever of them are equal
+        elastic = counted[-2] if len(counted) > 1 and counted[-1] == len(out) - 1 else counted[-1]
+    elif left_open in varying:
+        elastic = left_open
+    else:
+        elastic = max(others or varying, key=lambda k: out[k])
     rows = np.moveaxis(table, elastic, 0).reshape(out[elastic], -1)
     axis = Axis(rows[:, 0], vanishes)
     if len(varying) > 1:
         call.labels.unite(rows[:, :1], rows)
-        if heads := call.known.number(HEADS, out[elastic]):
-            call.known.note_size(heads, axis)
+        if name := call.known.number(heads, out[elastic]):
+            call.known.note_size(name, axis)
             call.labels.mark(axis.labels, "bound")
     return [axis if k == elastic else None for k in range(len(out))]
-
-
-def _elastic(call: Call, varying: list[int], out: list[int], left_open: int | None) -> int:
-    """Which new dim may shrink: that of the heads, else the one that Python leaves open, else the widest."""
-    known = call.known
-    heads = [k for k in varying if known.number(HEADS, out[k])]
-    if heads:
-        # (3, heads, width) and (heads, width), whichever of them are equal
-        return heads[-2] if len(heads) > 1 and heads[-1] == len(out) - 1 else heads[-1]
-    widths = [k for k in varying if known.number(HEAD_WIDTHS, out[k])]
-    if len(widths) == 1 and len(varying) > 1:
-        varying = [k for k in varying if k not in widths]
-    return left_open if left_open in varying else max(varying, key=lambda k: out[k])
 
 
 @rule("permute")

@@ -19,7 +19,7 @@ def _reduced(call: Call, dims: object, keepdim: bool, zeros_pass: bool, zeros_st
         if axis is not None and zeros_pass and axis.vanishes:
             call.labels.mark(axis.labels, "bound")
         else:
-            call.pin(axis, "are taken together")
+            call.pin_if_read(axis, "are taken together")
     kept: list[Axis | None] = []
     for dim, axis in enumerate(axes):
         if dim not in gone:
