@@ -298,7 +298,7 @@ class ASCP(Regulariser):
         plain = [{name: value.tolist() for name, value in part.items()} for part in (labels, copied)]
         self._labels, copied = (
             {name: torch.tensor(value, device=similar[name].device) for name, value in part.items()}
-            for part in self.agreed(plain)
+            for part in self.agreed(lambda: plain)
         )
         return copied
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune import structure
+from lightning_prune.callbacks import ranks
 from lightning_prune.callbacks.dynamics import (
     dynamics_of,
     is_last_batch,
@@ -145,10 +146,10 @@ class Regulariser(Method):
             f" {TRACE:g}; a longer sparse stage loses less."
         )
 
-    def agreed(self, decision: Decision) -> Decision:
-        """Rank 0's decision, on every rank."""
+    def agreed(self, decide: Callable[[], Decision]) -> Decision:
+        """Rank 0's decision, on every rank; where one of them can't decide, all raise."""
         trainer = None if self._fit is None else self._fit[0]()
-        return decision if trainer is None else trainer.strategy.broadcast(decision, src=0)
+        return decide() if trainer is None else ranks.agreed(trainer, decide, self._label)
 
     def release(self) -> None:
         """Surgery is done: fall silent and drop everything that belonged to the dense network."""
@@ -178,10 +179,7 @@ class Regulariser(Method):
         if self._phase in ("ready", "done"):
             return
         refuse_sharded_state(trainer.optimizers)
-        stage = self.timetable(trainer)
-        if stage is not None:
-            start = max(self.start, trainer.current_epoch)
-            refuse_misfit(trainer, type(self).__name__, start, self.epochs, stage.length)
+        ranks.run_together(trainer, lambda: self._refuse_misfit(trainer), self._label)
         if self.epochs is not None and trainer.current_epoch >= self.first_epoch + self.epochs and self._picked:
             self._phase = "ready"
 
@@ -221,7 +219,7 @@ class Regulariser(Method):
             return
         steps = (trainer.global_step if pl_module.automatic_optimization else self._ticks) - self._origin
         if self._acts and self.epochs is None and self.done(steps) and not self.ready:
-            self._conclude()
+            ranks.run_together(trainer, self._conclude, self._label)
             self._phase = "ready"
         elif self._acts and is_last_batch(trainer, batch_idx):
             self._end_epoch(trainer)
@@ -287,14 +285,21 @@ class Regulariser(Method):
     def _acts(self) -> bool:
         return self._has_begun and self._step is not None
 
+    def _refuse_misfit(self, trainer: Trainer) -> None:
+        stage = self.timetable(trainer)
+        if stage is not None:
+            start = max(self.start, trainer.current_epoch)
+            refuse_misfit(trainer, type(self).__name__, start, self.epochs, stage.length)
+
     def _advance(self, trainer: Trainer, completed: int) -> None:
         """Bring phase, picks and strength to the optimiser step that is about to be taken."""
-        if self.capture.graph is None:
+        graph = self.capture.graph
+        if graph is None:
             return
         if not self._grain.sizes:
-            self._join(trainer, self.capture.graph)
+            ranks.run_together(trainer, lambda: self._join(trainer, graph), self._label)
         if self._phase == "wait" and trainer.current_epoch >= self.start:
-            self._enter(trainer, completed)
+            ranks.run_together(trainer, lambda: self._enter(trainer, completed), self._label)
         step = completed - self._origin
         if self._phase == "wait" or step == self._step:
             return
@@ -354,7 +359,7 @@ class Regulariser(Method):
         graph = self.capture.graph
         if graph is None:
             return
-        self._picked = self.agreed(self._own(self.choose(graph)))
+        self._picked = self.agreed(lambda: self._own(self.choose(graph)))
         if not self._picked:
             ratio = "the choice" if self.ratio is None else f"ratio={self.ratio}"
             raise ConfigurationError(f"{self._label}: {ratio} removes no channel; raise it or lower round_to.")
@@ -390,6 +395,9 @@ class Regulariser(Method):
         if finished <= self._ended:
             return
         self._ended = finished
+        ranks.run_together(trainer, lambda: self._finish_epoch(finished), self._label)
+
+    def _finish_epoch(self, finished: int) -> None:
         with quietly(self._device):
             self.end_epoch(finished)
         if finished == self.epochs:

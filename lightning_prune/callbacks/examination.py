@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.callbacks.decision import Decision
-from lightning_prune.callbacks.operation import on_first_rank, run_together
+from lightning_prune.callbacks.ranks import on_first_rank, run_together
 from lightning_prune.errors import ProofError
 from lightning_prune.reports.batches import resized
 from lightning_prune.reports.cost import Cost, count_cost

@@ -194,10 +194,14 @@ class _GReg(Growing):
         before = now if self._ratios is None else self._ratios.to(now.device)
         self._ratios = schedule.smoothing * before + (1 - schedule.smoothing) * now
         if event % schedule.check_every == 0:
-            reached = dict(zip(self._picked, (self._ratios >= schedule.stop_ratio).tolist(), strict=True))
-            self._stop(self.agreed(reached), event)
+            self._stop(self.agreed(self._reached), event)
         if event >= schedule.events - 1:
             self._stopped = {name: self._stopped.get(name, event) for name in self._picked}
+
+    def _reached(self) -> dict[str, bool]:
+        """Whose ratio is large enough; waits for the device."""
+        ratios = [] if self._ratios is None else self._ratios.tolist()
+        return {name: ratio >= self._schedule.stop_ratio for name, ratio in zip(self._picked, ratios, strict=True)}
 
 
 @final

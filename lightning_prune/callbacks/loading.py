@@ -14,6 +14,7 @@ from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.checkpointing import AppliedPlan, attach_, detach_, history, remember_
 from lightning_prune.callbacks.neighbours import average_models, callbacks_of
 from lightning_prune.callbacks.permanence import PermanentMask
+from lightning_prune.callbacks.ranks import run_together
 from lightning_prune.callbacks.watching import configured_
 from lightning_prune.errors import ConfigurationError, SlimFileError
 from lightning_prune.structure import Plan, SparsityPlan, load_slim, read_slim_header, read_slim_plan, signature
@@ -55,6 +56,10 @@ class LoadPruned(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the module slim, once."""
+        run_together(trainer, lambda: self._slim(trainer, pl_module), "LoadPruned")
+        attach_(pl_module)
+
+    def _slim(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
             network = submodule(configured_(pl_module), self.module)
         except AttributeError:
@@ -72,7 +77,6 @@ class LoadPruned(Callback):
             remember_(pl_module, self.module, plan)
         elif AppliedPlan(self.module, plan) not in history(pl_module):
             raise SlimFileError(f"{self.path} belongs to a dense module; this one is slim by another plan already.")
-        attach_(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to keep masked weights at zero."""

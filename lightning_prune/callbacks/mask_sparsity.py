@@ -21,7 +21,6 @@ from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.callbacks.mac_target import Search
 from lightning_prune.callbacks.masks import doomed_channels, rounded, scales_of
 from lightning_prune.callbacks.neighbours import average_models
-from lightning_prune.callbacks.operation import on_first_rank
 from lightning_prune.callbacks.restart import read_weights, restart_, weights_of
 from lightning_prune.callbacks.targets import Target, aim, parameters_of, zero_out_
 from lightning_prune.callbacks.watching import check
@@ -263,7 +262,7 @@ class MaskSparsity(Regulariser):
         for name, channels in self._emptied.items():
             scales[name][:, list(channels)] = 0  # which they are after the next step: nobody comes back
         if self.macs is not None:
-            return on_first_rank(self._run()[0], lambda: self._within_macs(graph, scales)) or {}
+            return self._within_macs(graph, scales) if self._run()[0].is_global_zero else {}
         doomed = self._doomed(graph, scales)
         small, total = sum(map(len, doomed.values())), sum(group.size for group in self._groups.values())
         if self.threshold is not None and small in (0, total):
@@ -293,7 +292,7 @@ class MaskSparsity(Regulariser):
             self._record = self._derive(self._end_of_part() - step)
         elif self._is_check(step):
             self._checked_at = step
-            largest = self.agreed(self._largest())
+            largest = self.agreed(self._largest)
             # a scale that swings around zero has arrived, and momentum carries it three swings beyond; more strength
             # would only widen them
             if largest > 4 * self._record.swing(self._dynamics()):
@@ -333,7 +332,7 @@ class MaskSparsity(Regulariser):
         if self.restart_from is None or finished != self.global_epochs or graph is None:
             return
         if not self._picked:
-            self._chosen = self.agreed({name: list(numbers) for name, numbers in self.choose(graph).items()})
+            self._chosen = self.agreed(lambda: {name: list(numbers) for name, numbers in self.choose(graph).items()})
         weights = self._given_weights() or self._baseline
         restart_(*self._run(), weights)
         self._baseline = {}
@@ -461,8 +460,10 @@ class MaskSparsity(Regulariser):
         inputs, (trainer, _) = self.capture.inputs, self._run()
         if inputs is None:
             return Fold({}, (), dict.fromkeys(self._picked, "no batch has been seen"))
-        found = on_first_rank(trainer, lambda: find_fold(network, self._groups, self._picked, inputs))
-        return self.agreed(found) or Fold({}, (), {})
+        nothing = Fold({}, (), {})
+        return self.agreed(
+            lambda: find_fold(network, self._groups, self._picked, inputs) if trainer.is_global_zero else nothing
+        )
 
     def _fold(self, network: nn.Module, twins: Sequence[nn.Module]) -> None:
         """Let the network's layers do without what still is emitted, and likewise its weight averages'."""
@@ -501,7 +502,7 @@ class MaskSparsity(Regulariser):
 
     def _derive(self, steps: int) -> MaskSparsityStrength:
         """The strength of the masked stage, for so many steps before its hold."""
-        dynamics, largest = self._dynamics(), self.agreed(self._largest())
+        dynamics, largest = self._dynamics(), self.agreed(self._largest)
         if self.constants is None:
             return MaskSparsityStrength.derive(max(1, steps), dynamics, largest=largest)
         travel = self._given().travel(steps, dynamics)

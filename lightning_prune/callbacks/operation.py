@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from typing import TypeVar
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks.checkpointing import remember_
 from lightning_prune.callbacks.neighbours import average_models, forget_dense_scores_
+from lightning_prune.callbacks.ranks import run_together
 from lightning_prune.errors import PruningError
 from lightning_prune.structure import Plan, prune_
 from lightning_prune.structure.plan import submodule
-
-Result = TypeVar("Result")
 
 
 def operate_(trainer: Trainer, pl_module: LightningModule, module: str, plan: Plan) -> None:
@@ -39,40 +35,6 @@ def operate_(trainer: Trainer, pl_module: LightningModule, module: str, plan: Pl
     remember_(pl_module, module, plan)
     forget_dense_scores_(trainer)
     trainer.strategy.barrier("lightning_prune.surgery")
-
-
-def run_together(trainer: Trainer, work: Callable[[], Result]) -> Result:
-    """Do the same work on every rank; where one of them fails, all of them raise, and nobody is left waiting.
-
-    Raises:
-        PruningError: the work failed on another rank. A failure on this rank is raised as it is.
-    """
-    done: list[Result] = []
-    failure: Exception | None = None
-    try:
-        done.append(work())
-    except Exception as error:
-        failure = error
-    messages = _gather(trainer, None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise PruningError(f"Surgery failed on rank {rank}: {message}")
-    return done[0]
-
-
-def on_first_rank(trainer: Trainer, work: Callable[[], Result]) -> Result | None:
-    """Do the work on rank 0 while the others wait; they get ``None``, or its failure."""
-    return run_together(trainer, lambda: work() if trainer.is_global_zero else None)
-
-
-def _gather(trainer: Trainer, message: str | None) -> list[str | None]:
-    if trainer.world_size == 1:
-        return [message]
-    messages: list[str | None] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(messages, message)
-    return messages
 
 
 def _cut_(trainer: Trainer, pl_module: LightningModule, module: str, plan: Plan) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from lightning_prune.callbacks.ranks import agreed
 from lightning_prune.structure.replica import quiet_room, to_device
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -73,8 +74,7 @@ def recalibrate_(trainer: Trainer, network: nn.Module, calls: RecentCalls) -> No
     """
     norms = {name: norm for name, norm in network.named_modules() if _counts(norm)}
     if norms and len(calls):
-        own = _statistics(trainer, network, norms, calls)
-        everybodys: dict[str, list[Tensor]] = trainer.strategy.broadcast(own, src=0)
+        everybodys = agreed(trainer, lambda: _statistics(trainer, network, norms, calls), "Recalibration")
         for name, norm in norms.items():
             for buffer, value in zip(_buffers(norm), everybodys[name], strict=True):
                 buffer.copy_(value)

@@ -27,9 +27,10 @@ from lightning_prune.callbacks.horizon import (
 )
 from lightning_prune.callbacks.loading import bring_nothing_back_
 from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of
-from lightning_prune.callbacks.operation import held_parameters, on_first_rank, operate_, refuse_orphans
+from lightning_prune.callbacks.operation import held_parameters, operate_, refuse_orphans
 from lightning_prune.callbacks.permanence import PermanentMask
 from lightning_prune.callbacks.publishing import Publisher
+from lightning_prune.callbacks.ranks import agreed, run_together
 from lightning_prune.callbacks.watching import PruningCallback
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.report import PruningReport
@@ -213,10 +214,11 @@ class StructuralPruning(PruningCallback):
         inputs, seen = self.capture.inputs, None
         if inputs is None:
             # Resumed between the last batch and surgery: the proof waits for the first batch of this process.
-            self._dense = replica(network)
+            self._dense = run_together(trainer, lambda: replica(network))
         else:
             seen = self._examine(trainer, network, decision.plan, inputs)
-        self._remainders = [sentence for partner in self._partners if (sentence := partner.remainder()) is not None]
+        said = run_together(trainer, lambda: [partner.remainder() for partner in self._partners])
+        self._remainders = [sentence for sentence in said if sentence is not None]
         for sentence in self._remainders:
             rank_zero_warn(sentence)
         held = held_parameters(trainer, pl_module)
@@ -232,8 +234,11 @@ class StructuralPruning(PruningCallback):
             self._conclude(trainer, pl_module, inputs, seen)
 
     def _decide_together(self, trainer: Trainer) -> Decision | None:
-        found = on_first_rank(trainer, self._decide)
-        received = trainer.strategy.broadcast(None if found is None else found.to_plain())
+        def plainly() -> dict[str, Any] | None:
+            found = self._decide() if trainer.is_global_zero else None
+            return None if found is None else found.to_plain()
+
+        received = agreed(trainer, plainly)
         return None if received is None else Decision.from_plain(received)
 
     def _decide(self) -> Decision | None:
@@ -241,12 +246,15 @@ class StructuralPruning(PruningCallback):
         return None if pl_module is None else decide(pl_module, self._partners, self.capture, self._decision)
 
     def _begin_stage(self, trainer: Trainer, pl_module: LightningModule, held: list[str]) -> None:
-        parameters = dict(pl_module.named_parameters())
-        self._stage.begin_(trainer, [parameters[name] for name in held], self._remaining)
-        refuse_orphans(trainer, pl_module, held)
-        if self._decision is not None:
-            network = submodule(pl_module, self._decision.module)
-            self._permanent.hold_(network, self._decision.plan, trainer.optimizers)
+        def begin() -> None:
+            parameters = dict(pl_module.named_parameters())
+            self._stage.begin_(trainer, [parameters[name] for name in held], self._remaining)
+            refuse_orphans(trainer, pl_module, held)
+            if self._decision is not None:
+                network = submodule(pl_module, self._decision.module)
+                self._permanent.hold_(network, self._decision.plan, trainer.optimizers)
+
+        run_together(trainer, begin)
 
     # What is found out.
 

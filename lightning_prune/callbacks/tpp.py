@@ -173,7 +173,7 @@ class TPP(Growing):
                 weight = parameter.detach().movedim(dim, 0).flatten(1).float()
                 count = weight.shape[0] ** 2 if self.reduction == "mean" else 1
                 found.append(4 * torch.linalg.matrix_norm(weight, ord=2).square() / count)
-        return self.agreed(float(torch.stack(found).max())) if found else None
+        return self.agreed(lambda: float(torch.stack(found).max())) if found else None
 
     def _find_filters(self) -> list[tuple[nn.Parameter, int, Tensor]]:
         """Every weight that produces picked channels, the dim of its filters, and which of them go."""

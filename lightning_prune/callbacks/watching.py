@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.capture import Capture
+from lightning_prune.callbacks.ranks import run_together
 from lightning_prune.errors import ConfigurationError
 
 
@@ -74,13 +75,17 @@ class PruningCallback(Callback, ABC):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Trace the pruned module, in the first batch."""
         if not self.finished:
-            self.capture.build()
+            self._build(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Trace the pruned module, if manual optimisation has bypassed ``on_before_backward``."""
         # under automatic optimisation a step without it is one without a loss, and perhaps without any call
         if not self.finished and not pl_module.automatic_optimization:
-            self.capture.build()
+            self._build(trainer)
+
+    def _build(self, trainer: Trainer) -> None:
+        if self.capture.graph is None:
+            run_together(trainer, self.capture.build, "Tracing")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_prune.callbacks import examination, operation
+from lightning_prune.callbacks import examination, ranks
 from lightning_prune.callbacks.ascp import ASCP
 from lightning_prune.callbacks.greg import GReg1, GReg2
 from lightning_prune.callbacks.structural import StructuralPruning
@@ -607,9 +607,9 @@ def test_failures_of_other_ranks_are_raised_here() -> None:
         return [message, "PlanError: no"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operation, "_gather", others)
+        patch.setattr(ranks, "_gather", others)
         with pytest.raises(PruningError, match="Surgery failed on rank 1: PlanError: no"):
-            operation.run_together(Pretend(), lambda: 1)  # type: ignore[arg-type]
+            ranks.run_together(Pretend(), lambda: 1)  # type: ignore[arg-type]
 
 
 def test_two_processes_stay_equal(tmp_path: Path) -> None:
