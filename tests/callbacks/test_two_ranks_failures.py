@@ -26,11 +26,11 @@ def test_a_rank_that_fails_takes_the_other_down(tmp_path: Path) -> None:
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     points = [(point, culprit) for point in POINTS for culprit in ((0,) if point in FIRST_ONLY else (0, 1))]
     points += [("reading", 0), ("reading", 1)]
-    assert len(points) == 36
+    assert len(points) == 37
     for (point, culprit), first, second in zip(points, *said, strict=True):
         assert first[:2] == second[:2] == [point, culprit]
         own, other = (said[rank][points.index((point, culprit))][2] for rank in (culprit, 1 - culprit))
-        cause = "SlimFileError" if point == "reading" else "Broken: It broke."
+        cause = "SlimFileError" if point == "reading" else "BrokenError: It broke."
         assert own.startswith(cause), (point, own)
         assert other.startswith("PruningError: ") and f"failed on rank {culprit}: {cause}" in other, (point, other)
         assert "\n" not in other

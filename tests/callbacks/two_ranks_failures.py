@@ -74,12 +74,12 @@ FIRST_ONLY = {"counting", "deciding", "folding"}
 """What rank 0 does for all."""
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """Nothing that anybody expects."""
 
 
 def fail(*_: Any, **__: Any) -> Any:
-    raise Broken("It broke.\nHere is why.")
+    raise BrokenError("It broke.\nHere is why.")
 
 
 def strategy() -> DDPStrategy:
