@@ -17,6 +17,7 @@ from lightning_prune.callbacks import ranks
 from lightning_prune.callbacks.dynamics import (
     dynamics_of,
     is_last_batch,
+    refuse_frozen,
     refuse_misfit,
     refuse_sharded_state,
     stage_steps,
@@ -179,6 +180,7 @@ class Regulariser(Method):
         if self._phase in ("ready", "done"):
             return
         refuse_sharded_state(trainer.optimizers)
+        refuse_frozen(pl_module, self._label)
         ranks.run_together(trainer, lambda: self._refuse_misfit(trainer), self._label)
         if self.epochs is not None and trainer.current_epoch >= self.first_epoch + self.epochs and self._picked:
             self._phase = "ready"

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune import structure
+from lightning_prune.callbacks.quantised import refuse_all_quantised, refuse_quantised
 from lightning_prune.errors import ConfigurationError, TraceError
 from lightning_prune.structure.plan import plain_name, submodule
 
@@ -33,7 +34,7 @@ class Capture:
             will do.
 
     Raises:
-        ConfigurationError: no module has that name.
+        ConfigurationError: no module has that name, or it is quantised.
     """
 
     def __init__(self, pl_module: LightningModule, name: str | None = None, traces: bool = True) -> None:
@@ -43,6 +44,10 @@ class Capture:
             raise ConfigurationError(
                 f"module={name!r} is no part of the LightningModule; its children are: {children}."
             )
+        if name is None:
+            refuse_all_quantised(pl_module)
+        else:
+            refuse_quantised(modules[name], name)
         self._pl_module = pl_module
         self._traces = traces
         self._name = name
@@ -105,13 +110,14 @@ class Capture:
         """Find the pruned module and trace it, unless that is done: before the first optimiser step.
 
         Raises:
-            ConfigurationError: the pruned module wasn't called, or more than one candidate was.
+            ConfigurationError: the pruned module wasn't called, or is quantised, or more than one candidate was called.
             TraceError: the module's forward pass can't be captured.
         """
         if self._graph is not None or not self._watching:
             return
         self._unhook()
         self._name = self._candidate()
+        refuse_quantised(self.module, plain_name(self._name))
         self._inputs = self._calls[self._name]
         self._calls.clear()
         args, kwargs = self._inputs

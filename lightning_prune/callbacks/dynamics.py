@@ -102,6 +102,13 @@ def dynamics_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter] = ()) -
     return Dynamics(max(rates), 0.0, True, min(rates))
 
 
+def refuse_frozen(module: nn.Module, who: str) -> None:
+    """Refuse a module that has parameters, but none that is trained."""
+    message = f"{who}: every parameter of {type(module).__name__} is frozen, so there is nothing to train or prune."
+    parameters = list(module.parameters())
+    check(not parameters or any(parameter.requires_grad for parameter in parameters), message)
+
+
 def refuse_sharded_state(optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimisers whose state lies on other ranks, where nobody can slice it."""
     for optimizer in optimizers:

@@ -15,7 +15,7 @@ from lightning_prune.callbacks.checkpointing import AppliedPlan, attach_, detach
 from lightning_prune.callbacks.neighbours import average_models, callbacks_of
 from lightning_prune.callbacks.permanence import PermanentMask
 from lightning_prune.callbacks.ranks import run_together
-from lightning_prune.callbacks.watching import configured_
+from lightning_prune.callbacks.watching import configured_, refuse_sharded_parameters
 from lightning_prune.errors import ConfigurationError, SlimFileError
 from lightning_prune.structure import Plan, SparsityPlan, load_slim, read_slim_header, read_slim_plan, signature
 from lightning_prune.structure.plan import submodule
@@ -39,8 +39,8 @@ class LoadPruned(Callback):
 
     Raises:
         SlimFileError: where the file is damaged, foreign, or belongs to another model; before the first step.
-        ConfigurationError: where the module has no submodule of that name, or a regulariser is to remove channels of a
-            network whose single weights stay at zero.
+        ConfigurationError: where the strategy shards parameters, the module has no submodule of that name, or a
+            regulariser is to remove channels of a network whose single weights stay at zero.
 
     >>> from lightning.pytorch import Trainer
     >>> trainer = Trainer(callbacks=[LoadPruned("slim.safetensors")], logger=False, enable_checkpointing=False)
@@ -56,6 +56,8 @@ class LoadPruned(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the module slim, once."""
+        if stage == "fit":
+            refuse_sharded_parameters(trainer, self)
         run_together(trainer, lambda: self._slim(trainer, pl_module), "LoadPruned")
         attach_(pl_module)
 

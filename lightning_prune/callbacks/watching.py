@@ -51,11 +51,7 @@ class PruningCallback(Callback, ABC):
         """Refuse strategies that shard parameters, and share the capture of the first pruning callback."""
         if stage != "fit":
             return
-        strategy = trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
-            raise ConfigurationError(
-                f"{type(self).__name__} can't change shapes under {type(strategy).__name__}; use one device or DDP."
-            )
+        refuse_sharded_parameters(trainer, self)
         partners = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
         first = partners[0] if self in partners else self
         if first is self:
@@ -113,6 +109,19 @@ def configured_(pl_module: LightningModule) -> LightningModule:
     if is_overridden("configure_model", pl_module):
         pl_module.configure_model()
     return pl_module
+
+
+def refuse_sharded_parameters(trainer: Trainer, callback: Callback) -> None:
+    """Refuse a strategy under which no rank has the whole of a parameter.
+
+    Raises:
+        ConfigurationError: in that case.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+        raise ConfigurationError(
+            f"{type(callback).__name__} can't change shapes under {type(strategy).__name__}; use one device or DDP."
+        )
 
 
 def check(condition: bool, message: str) -> None:
