@@ -201,7 +201,10 @@ class Regulariser(Method):
             return
         manual = not pl_module.automatic_optimization
         if manual:
-            self._advance(trainer, self._ticks)
+            # who steps after the keeper in the same batch still takes the keeper's step
+            batch = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+            behind = optimizer is not self._keeper and self._ticked_in == batch
+            self._advance(trainer, self._ticks - behind)
         if self._acts and not self._decoupled and not uses_loss(trainer, pl_module):
             add_to_gradients_(self.penalty, optimizer, trainer)
         if self._acts:
@@ -209,6 +212,7 @@ class Regulariser(Method):
                 self.before_step(optimizer)
         if manual and optimizer is self._keeper:
             self._ticks += 1
+            self._ticked_in = trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -294,6 +294,7 @@ class Method(PruningCallback):
         """Everything that belongs to one training, at its beginning."""
         self._phase = "wait"
         self._ticks = 0
+        self._ticked_in = -1
         self._origin = 0
         self._ended = 0
         self._began: int | None = None

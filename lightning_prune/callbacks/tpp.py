@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, final
 
 import torch
@@ -149,20 +149,22 @@ class TPP(Growing):
         return Penalty(value, [p for p, _ in pulls.values()], [g for _, g in pulls.values()])
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Set the layers to zero whose time has come."""
+        """Set the layers to zero whose time has come; what another optimiser holds waits for that one's step."""
         if self._picked and self._step is not None:
-            self._zero(self._schedule.zeroed(self._step, layers=len(self._picked)))
+            others = [other for other in self._run()[0].optimizers if other is not optimizer]
+            waits = {id(p) for other in others for group in other.param_groups for p in group["params"]}
+            self._zero(self._schedule.zeroed(self._step, layers=len(self._picked)), waits)
 
     def conclude(self) -> None:
         """Set all layers to zero, whatever has been stepped or skipped."""
         self._zero(len(self._picked))
 
-    def _zero(self, layers: int) -> None:
+    def _zero(self, layers: int, waits: Collection[int] = ()) -> None:
         if layers != self._zeroed:
             first = dict(list(self._picked.items())[:layers])
             self._zeros = aim(first, self._groups, lambda group: group.members, self._parameters)
             self._zeroed = layers
-        zero_out_(self._zeros)
+        zero_out_([target for target in self._zeros if id(target.parameter) not in waits])
 
     def _steepness(self) -> float | None:
         r"""Of the steepest layer as it is now: :math:`4 \lVert W \rVert_2^2 / N^2`, without the divisor for a sum."""

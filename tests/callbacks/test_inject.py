@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    Timer,
+)
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -65,6 +71,51 @@ class Automatic(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
+
+
+class Compiled(Automatic):
+    """The network is compiled before it is fitted."""
+
+    def __init__(self, net: nn.Module, written: bool, optimizer: Callable[[Any], Any]) -> None:
+        super().__init__(torch.compile(net, backend="aot_eager"), written, optimizer)  # type: ignore[arg-type]
+
+
+class CompiledAltogether(Automatic):
+    """The training step is compiled as well."""
+
+
+class Normed(Automatic):
+    """With batch norm between the layers."""
+
+    def __init__(self, net: nn.Module, written: bool, optimizer: Callable[[Any], Any]) -> None:
+        layers: Any = net
+        super().__init__(nn.Sequential(layers[0], nn.BatchNorm1d(12), *layers[1:]), written, optimizer)
+
+    def on_train_end(self) -> None:
+        assert isinstance(self.net[1], nn.SyncBatchNorm)  # type: ignore[index]
+
+
+class Synchronising(SingleDeviceStrategy):
+    """Exchanges the norms where DDP does, after all callbacks' setup."""
+
+    def setup(self, trainer: Trainer) -> None:
+        self.model = TorchSyncBatchNorm().apply(self.model)  # type: ignore[arg-type]
+        super().setup(trainer)
+
+
+class Clock(Timer):
+    """What ``max_time`` makes, but a second is an optimiser step."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__({"seconds": seconds}, verbose=False)
+        self.seconds = 0
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self.seconds += 1
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def time_elapsed(self, stage: Any = None) -> float:
+        return float(self.seconds)
 
 
 class Adversaries(LightningModule):
@@ -124,7 +175,8 @@ class HasScaler(Callback):
 def outcome(kind: Any, optimizer: Any, is_written: bool, **kwargs: Any) -> tuple[nn.Module, Any]:
     module = kind(copy.deepcopy(seeded(linear_net)), is_written, optimizer)
     callbacks = [*kwargs.pop("callbacks", []), *([] if is_written else [Injected()])]
-    trainer(*callbacks, **kwargs).fit(module, feature_loader(10, 8))
+    whole = torch.compile(module, backend="eager") if kind is CompiledAltogether else module
+    trainer(*callbacks, **kwargs).fit(whole, feature_loader(10, 8))  # type: ignore[arg-type]
     return module.net, module
 
 
@@ -142,6 +194,16 @@ CONFIGURATIONS: dict[str, tuple[Any, Any, Callable[[], dict[str, Any]]]] = {
     "clipping": (Automatic, sgd, lambda: {"gradient_clip_val": 0.1}),
     "clipping by value": (Automatic, sgd, lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "averages": (Automatic, sgd, lambda: {"callbacks": [EMAWeightAveraging(decay=0.9)]}),
+    "stochastic averages": (
+        Automatic,
+        sgd,
+        lambda: {"callbacks": [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)], "max_epochs": 3},
+    ),
+    "compiled": (Compiled, sgd, lambda: {}),
+    "compiled altogether": (CompiledAltogether, sgd, lambda: {}),
+    "synchronised norms": (Normed, sgd, lambda: {"strategy": Synchronising("cpu")}),
+    "an end after some time": (Automatic, sgd, lambda: {"callbacks": [Clock(13)]}),
+    "a dry run": (Automatic, sgd, lambda: {"fast_dev_run": 7}),
     "adam": (Automatic, adam, lambda: {}),
     "lbfgs": (Automatic, lbfgs, lambda: {}),
     "bf16": (Automatic, sgd, lambda: {"precision": "bf16-mixed"}),
@@ -158,13 +220,16 @@ CONFIGURATIONS: dict[str, tuple[Any, Any, Callable[[], dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_injected_equals_written(name: str) -> None:
     kind, optimizer, settings = CONFIGURATIONS[name]
-    reference, _ = outcome(kind, optimizer, True, max_epochs=2, **settings())
-    injected, _ = outcome(kind, optimizer, False, max_epochs=2, **settings())
+    reference, _ = outcome(kind, optimizer, True, **{"max_epochs": 2, **settings()})
+    injected, _ = outcome(kind, optimizer, False, **{"max_epochs": 2, **settings()})
     assert distance(reference, injected) == 0.0
-    assert distance(reference, seeded(linear_net).to(next(reference.parameters()).dtype)) > 0.01
+    assert all(torch.equal(a, b) for a, b in zip(reference.buffers(), injected.buffers(), strict=True))
+    begun = kind(seeded(linear_net), True, optimizer).net.to(next(reference.parameters()).dtype)
+    assert distance(reference, begun) > 0.01
 
 
 def test_the_penalty_is_felt() -> None:

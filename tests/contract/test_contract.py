@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -22,6 +27,7 @@ from lightning_prune.callbacks.mask_sparsity import MaskSparsity
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import PlanError
 from tests.callbacks.nets import OPTIMIZERS, Classifier, image_loader, seeded, trainer
+from tests.callbacks.test_inject import Synchronising
 from tests.settings import BATCHES, EPOCHS, SETTINGS, Setting
 
 ROWS = pytest.mark.parametrize("row", SETTINGS)
@@ -249,6 +255,68 @@ def test_the_penalty_equals_the_one_written_in_training_step(row: str, optimizer
         callback, epochs = setting.build(), 11 if "accumulate_grad_batches" in settings else EPOCHS
         module = Written(seeded(setting.net), optimizer, callback if is_written else None, manual)
         trainer(callback, *extra, max_epochs=epochs, **settings).fit(module, image_loader(BATCHES))
+        assert callback.ready
+        return module.net
+
+    written, injected = outcome(True), outcome(False)
+    assert distance(written, injected) == 0.0
+    assert distance(written, seeded(setting.net)) > 0.01
+
+
+class TwoOptimizers(Written):
+    """Manual optimisation; each half of the network has an optimiser of its own."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        loss = nn.functional.cross_entropy(self.net(batch[0]).float(), batch[1])
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss if self.callback is None else loss + self.written())
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        layers: Any = self.net
+        return [OPTIMIZERS[self.kind](half.parameters()) for half in (layers[:2], layers[2:])]
+
+
+class Compiled(Written):
+    """Compiled before it is fitted."""
+
+    def __init__(self, net: nn.Module, *arguments: Any) -> None:
+        super().__init__(torch.compile(net, backend="eager"), *arguments)  # type: ignore[arg-type]
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """One of the configurations that take longer or say less, for a row of every method."""
+    return {
+        "a window that changes": {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]},
+        "compiled": {"kind": Compiled},
+        "stochastic averages": {"callbacks": [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)]},
+        "synchronised norms": {"strategy": Synchronising("cpu")},
+        "two optimisers": {"kind": TwoOptimizers, "manual": True},
+    }[name]
+
+
+FURTHER = ["a window that changes", "compiled", "stochastic averages", "synchronised norms", "two optimisers"]
+
+
+@pytest.mark.parametrize("row", ["ascp", "greg1", "greg2", "magnitude", "mask_sparsity", "tpp"])
+@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps")
+def test_so_it_does_in_rarer_configurations(row: str, name: str) -> None:
+    setting = SETTINGS[row]
+
+    def outcome(is_written: bool) -> nn.Module:
+        settings = settings_of(name)
+        extra, manual, kind = (
+            settings.pop("callbacks", []),
+            settings.pop("manual", False),
+            settings.pop("kind", Written),
+        )
+        callback = setting.build()
+        module = kind(seeded(setting.net), "sgd", callback if is_written else None, manual)
+        trainer(callback, *extra, max_epochs=6, **settings).fit(module, image_loader(BATCHES))
         assert callback.ready
         return module.net
 
