@@ -12,12 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lightning_prune.callbacks.horizon import another_epoch_starts, remaining_steps
+from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError
 from tests.callbacks.nets import image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
 from tests.callbacks.slimming import BATCHES, Run, Task, assert_equal, run, weights
-from tests.callbacks.test_checkpointing import checkpointed
+from tests.callbacks.test_checkpointing import average, checkpointed
 
 SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
 
@@ -127,6 +128,22 @@ def test_resumes_with_the_same_bits(tmp_path: Path, stage: str, epoch: int) -> N
     assert_equal(weights(full.task), weights(again.task))
     assert again.watch.rates == full.watch.rates[-len(again.watch.rates) :]
     assert type(again.trainer.optimizers[0]) is type(full.trainer.optimizers[0])
+
+
+@pytest.mark.parametrize("stage", ["continue", "restart", "own"])
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_weight_averages_resume_in_the_finetune_stage(tmp_path: Path, kind: str, stage: str) -> None:
+    def settings() -> dict[str, Any]:
+        surgery = StructuralPruning(latency_batches=(), **STAGES.get(stage, {}))
+        return {"surgery": surgery, "task": seeded(Task), "max_epochs": 5}
+
+    full, checkpoints = checkpointed(tmp_path / "full", average(kind), **settings())
+    again, _ = checkpointed(tmp_path / "again", average(kind), ckpt_path=checkpoints[3 * BATCHES], **settings())
+    assert again.watch.widths == full.watch.widths[3 * BATCHES :] and set(again.watch.widths) == {4}
+    assert again.task.losses == full.task.losses[3 * BATCHES :]
+    assert_equal(weights(full.task), weights(again.task))
+    for mine, theirs in zip(average_models(full.trainer), average_models(again.trainer), strict=True):
+        assert_equal(weights(mine), weights(theirs))
 
 
 class TwoOptimizers(Task):
