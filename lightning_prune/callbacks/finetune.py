@@ -46,6 +46,11 @@ class FinetuneStage:
                 'finetune="restart" asks the module for its optimiser, finetune_optimizer brings another: give one.'
             )
 
+    @property
+    def brings_schedule(self) -> bool:
+        """Whether the schedules that held before surgery end there."""
+        return self.mode == "restart" or self.optimizer is not None or self.scheduler is not None
+
     def check(self, trainer: Trainer) -> None:
         """Refuse what can't work with this trainer, before the first step.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -28,6 +28,23 @@ def average_models(trainer: Trainer) -> Iterator[nn.Module]:
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             yield average.module if isinstance(average, AveragedModel) else average
+
+
+def is_averaging(trainer: Trainer) -> bool:
+    """Whether stochastic weight averaging has begun, so that its learning rate holds."""
+    return any(isinstance(each, StochasticWeightAveraging) and each._initialized for each in callbacks_of(trainer))
+
+
+def go_on_averaging_(trainer: Trainer, device: torch.device) -> None:
+    """Let stochastic averaging go on after a resume without a learning rate of its own.
+
+    By itself it would begin once more, and put its schedule in the place of the one that the finetune stage brings.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
+            callback._average_model = callback._average_model.to(callback._device or device)
+            callback.n_averaged = torch.tensor(callback._init_n_averaged, dtype=torch.long, device=device)
+            callback._initialized, callback._scheduler_state = True, None
 
 
 def forget_dense_scores_(trainer: Trainer) -> None:

@@ -26,7 +26,7 @@ from lightning_prune.callbacks.horizon import (
     remaining_steps,
 )
 from lightning_prune.callbacks.loading import bring_nothing_back_
-from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of
+from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of, go_on_averaging_, is_averaging
 from lightning_prune.callbacks.operation import held_parameters, operate_, refuse_orphans
 from lightning_prune.callbacks.permanence import PermanentMask
 from lightning_prune.callbacks.publishing import Publisher
@@ -114,6 +114,7 @@ class StructuralPruning(PruningCallback):
         self._done = False
         self._decision: Decision | None = None
         self._remaining = -1
+        self._averaged = False  # before surgery, and by a schedule that ended there
         self._is_late = False
         self._remainders: list[str] = []
         self._dense: nn.Module | None = None
@@ -168,6 +169,8 @@ class StructuralPruning(PruningCallback):
             self._guard.raise_(trainer)
             return
         self._begin_stage(trainer, pl_module, held_parameters(trainer, pl_module))
+        if self._averaged:
+            go_on_averaging_(trainer, pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out the dense accuracy, where no validation will come before the sparse stage."""
@@ -226,6 +229,7 @@ class StructuralPruning(PruningCallback):
         self._decision, self._done = decision, True
         self._remaining = remaining_steps(trainer, batches_done)
         self._begin_stage(trainer, pl_module, held)
+        self._averaged = self._stage.brings_schedule and is_averaging(trainer)
         self._guard.lift_()
         for partner in self._partners:
             partner.release()
@@ -339,6 +343,7 @@ class StructuralPruning(PruningCallback):
             **super().state_dict(),
             "done": self._done,
             "remaining": self._remaining,
+            "averaged": self._averaged,
             "decision": self._saved_decision(),
             "accuracy": dict(self._columns.values),
             "report": None if self._report is None else self._report.to_json(),
@@ -348,6 +353,7 @@ class StructuralPruning(PruningCallback):
         """Takes over a checkpoint's decision and findings."""
         super().load_state_dict(state_dict)
         self._done, self._remaining = bool(state_dict["done"]), int(state_dict["remaining"])
+        self._averaged = bool(state_dict.get("averaged", False))
         saved = state_dict["decision"]
         self._decision = None if saved is None else Decision.from_plain(saved)
         self._columns.values = dict(state_dict["accuracy"])
