@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lightning_prune import (
@@ -28,10 +29,12 @@ from lightning_prune import (
 )
 from lightning_prune.callbacks.checkpointing import KEY, adapt_
 from lightning_prune.errors import ConfigurationError
+from tests.callbacks.nets import Classifier, image_loader, seeded, trainer
 from tests.callbacks.slimming import Task
+from tests.settings import SETTINGS
 
 EXAMPLES = int(os.environ.get("LIGHTNING_PRUNE_BAD_INPUT", "50"))
-"""Per kind of damage; five kinds."""
+"""Per kind of damage; six kinds."""
 
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 FEW = settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
@@ -202,6 +205,52 @@ def test_damaged_checkpoints(record: Any) -> None:
     before = everything(task)
     refuses(lambda: adapt_(task, {"state_dict": {}, KEY: record}), PlanError)
     assert same(everything(task), before)
+
+
+class Memory(Callback):
+    """What a callback remembers after a dozen steps."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+        self.state: dict[str, Any] = {}
+
+    def on_train_batch_end(self, run: Trainer, *_: Any) -> None:
+        if run.global_step == 12:
+            self.state = copy.deepcopy(self.callback.state_dict())
+
+
+ROWS = ["ascp", "greg1", "greg2", "mask_sparsity", "tpp", "greg1 on weights"]
+
+
+@pytest.fixture(scope="module")
+def states() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """A callback of every method, and what it remembers in the middle of its stage."""
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for row in ROWS:
+        callback = SETTINGS[row].build()
+        memory = Memory(callback)
+        trainer(callback, memory, max_epochs=3).fit(Classifier(seeded(SETTINGS[row].net)), image_loader(7))
+        found[row] = callback, memory.state
+    return found
+
+
+@FEW
+@given(st.data())
+def test_callback_states_that_lack_something(states: Any, data: st.DataObject) -> None:
+    row = data.draw(st.sampled_from(ROWS))
+    callback, state = states[row][0], copy.deepcopy(states[row][1])
+    whole = st.sampled_from(sorted(state))
+    part = data.draw(st.sampled_from(["whole", "method", "kind", "schedule"]))
+    if part == "whole":
+        del state[data.draw(whole)]
+    elif part == "method" and state["method"]:
+        del state["method"][data.draw(st.sampled_from(sorted(state["method"])))]
+    elif part == "schedule" and state["schedule"]:
+        state["schedule"] = {**state["schedule"], data.draw(st.text("abc", min_size=1, max_size=3)): 1}
+    else:
+        state = data.draw(st.sampled_from([None, 7, [], "state", {}]))
+    refuses(lambda: SETTINGS[row].build().load_state_dict(state), PlanError)
+    assert callback.phase != "wait"
 
 
 # Weights.

@@ -26,7 +26,7 @@ from lightning_prune.callbacks.inject import add_to_gradients_, add_to_loss_, qu
 from lightning_prune.callbacks.joining import holders_of, refuse_shared_groups
 from lightning_prune.callbacks.questions import Method
 from lightning_prune.callbacks.targets import parameters_of
-from lightning_prune.callbacks.watching import PruningCallback, check
+from lightning_prune.callbacks.watching import PruningCallback, check, reading_state
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.structure.bits import compact, from_plain, to_plain
 
@@ -269,17 +269,18 @@ class Regulariser(Method):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; masks are built again in the first batch."""
-        kind, constants = self.schedule_type, state_dict["schedule"]
-        self._phase = state_dict["phase"]
-        self._ticks = state_dict["ticks"]
-        self._origin = state_dict["origin"]
-        self._ended = state_dict["ended"]
-        self._began = state_dict["began"]
-        self._schedule = None if constants is None or kind is None else kind(**constants)
-        self._learning_rate = state_dict["learning_rate"]
-        self._picked = {name: from_plain(numbers) for name, numbers in state_dict["picked"].items()}
-        self._energy = state_dict["energy"]
-        self.remember(state_dict["method"])
+        with reading_state(type(self).__name__):
+            kind, constants = self.schedule_type, state_dict["schedule"]
+            self._phase = state_dict["phase"]
+            self._ticks = state_dict["ticks"]
+            self._origin = state_dict["origin"]
+            self._ended = state_dict["ended"]
+            self._began = state_dict["began"]
+            self._schedule = None if constants is None or kind is None else kind(**constants)
+            self._learning_rate = state_dict["learning_rate"]
+            self._picked = {name: from_plain(numbers) for name, numbers in state_dict["picked"].items()}
+            self._energy = state_dict["energy"]
+            self.remember(state_dict["method"])
 
     # The machinery.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.hooks import CheckpointHooks
 from torch import Tensor
 
 from lightning_prune.callbacks.neighbours import average_models
@@ -69,8 +70,15 @@ def detach_(pl_module: LightningModule) -> None:
                 setattr(pl_module, name, inner)
 
 
-def adapt_(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+def adapt_(
+    pl_module: LightningModule, checkpoint: Mapping[str, Any], reader: Callable[..., None] | None = None
+) -> None:
     """Give the module, and its weight averages, the shapes that a checkpoint's weights have.
+
+    Args:
+        pl_module: dense or slim.
+        checkpoint: whole, before its weights are loaded.
+        reader: the module's own hook that sees the checkpoint next, and may rename weights in it.
 
     Raises:
         PlanError: checkpoint and module went through different surgeries, or the checkpoint's record is damaged; the
@@ -84,10 +92,16 @@ def adapt_(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         misfit = _first_misfit(pl_module, checkpoint, missing)
         if misfit is not None:
             raise PlanError(_misfit_message(misfit, "slim" if recorded else "dense"))
+        _refuse_other_names(pl_module, checkpoint, "slim" if recorded else "dense", reader)
         _lengths(pl_module, recorded)
-        for entry in missing:
-            _apply_(pl_module, entry)
+        try:
+            for entry in missing:
+                _apply_(pl_module, entry)
+        except PlanError:
+            _refuse_other_names(pl_module, checkpoint, "slim")
+            raise
     else:
+        _refuse_other_names(pl_module, checkpoint, "slim" if recorded else "dense", reader)
         for (name, dim), (length, own) in _lengths(pl_module, recorded).items():
             if length != own:
                 raise PlanError(
@@ -116,7 +130,7 @@ def load_from_checkpoint(cls: type[Module], path: str | Path, **arguments: Any) 
     inherited = cls.on_load_checkpoint
 
     def on_load_checkpoint(self: Module, checkpoint: dict[str, Any]) -> None:
-        adapt_(self, checkpoint)
+        adapt_(self, checkpoint, inherited)
         inherited(self, checkpoint)
 
     setattr(cls, _HOOKS[0], on_load_checkpoint)
@@ -139,8 +153,9 @@ class SlimCheckpointMixin(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the shapes that the checkpoint's weights have."""
-        adapt_(self, checkpoint)
-        super().on_load_checkpoint(checkpoint)
+        own, reader = type(self).on_load_checkpoint, super().on_load_checkpoint
+        adapt_(self, checkpoint, reader if own is SlimCheckpointMixin.on_load_checkpoint else own)
+        reader(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the plans that this module has been through."""
@@ -149,7 +164,7 @@ class SlimCheckpointMixin(LightningModule):
 
 
 def _load_hook(pl_module: LightningModule, inner: Callable[..., None], checkpoint: dict[str, Any]) -> None:
-    adapt_(pl_module, checkpoint)
+    adapt_(pl_module, checkpoint, inner)
     inner(checkpoint)
 
 
@@ -234,6 +249,31 @@ def _first_misfit(
         if isinstance(theirs, Tensor) and list(theirs.shape) != ours:
             return _Misfit(name, tuple(theirs.shape), tuple(ours))
     return None
+
+
+def _refuse_other_names(
+    pl_module: LightningModule,
+    checkpoint: Mapping[str, Any],
+    kind: str,
+    reader: Callable[..., None] | None = None,
+) -> None:
+    """Name the first weight that only one of them has; a module with a reader of its own may see to that by itself.
+
+    Raises:
+        PlanError: in that case.
+    """
+    reads_itself = reader is not None and getattr(reader, "__func__", reader) is not CheckpointHooks.on_load_checkpoint
+    if reads_itself or not pl_module.strict_loading or "state_dict" not in checkpoint:
+        return
+    stored, own = list(checkpoint["state_dict"]), list(pl_module.state_dict(keep_vars=True))
+    missing = next((name for name in own if name not in checkpoint["state_dict"]), None)
+    unknown = next((name for name in stored if name not in set(own)), None)
+    if missing is not None or unknown is not None:
+        what = f"it lacks {missing!r}" if missing is not None else f"it holds {unknown!r}, which is not there"
+        raise PlanError(
+            f"The {kind} checkpoint doesn't fit this module: {what}; load it into a fresh module of the class it was"
+            " trained with."
+        )
 
 
 def _misfit_message(misfit: _Misfit, kind: str) -> str:

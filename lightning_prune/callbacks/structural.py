@@ -31,7 +31,7 @@ from lightning_prune.callbacks.operation import held_parameters, operate_, refus
 from lightning_prune.callbacks.permanence import PermanentMask
 from lightning_prune.callbacks.publishing import Publisher
 from lightning_prune.callbacks.ranks import agreed, run_together
-from lightning_prune.callbacks.watching import PruningCallback
+from lightning_prune.callbacks.watching import PruningCallback, reading_state
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.structure import Plan
@@ -352,13 +352,14 @@ class StructuralPruning(PruningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a checkpoint's decision and findings."""
         super().load_state_dict(state_dict)
-        self._done, self._remaining = bool(state_dict["done"]), int(state_dict["remaining"])
-        self._averaged = bool(state_dict.get("averaged", False))
-        saved = state_dict["decision"]
-        self._decision = None if saved is None else Decision.from_plain(saved)
-        self._columns.values = dict(state_dict["accuracy"])
-        report = state_dict["report"]
-        self._report = None if report is None else PruningReport.from_json(report)
+        with reading_state(type(self).__name__):
+            self._done, self._remaining = bool(state_dict["done"]), int(state_dict["remaining"])
+            self._averaged = bool(state_dict.get("averaged", False))
+            saved = state_dict["decision"]
+            self._decision = None if saved is None else Decision.from_plain(saved)
+            self._columns.values = dict(state_dict["accuracy"])
+            report = state_dict["report"]
+            self._report = None if report is None else PruningReport.from_json(report)
 
     def _saved_decision(self) -> dict[str, Any] | None:
         decision = self._decision

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.capture import Capture
 from lightning_prune.callbacks.ranks import run_together
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.errors import ConfigurationError, PlanError, PruningError
 
 
 class PruningCallback(Callback, ABC):
@@ -99,6 +101,24 @@ class PruningCallback(Callback, ABC):
         """Leave no hook behind: Lightning calls no ``teardown`` after an error."""
         if self._capture is not None:
             self._capture.close()
+
+
+@contextmanager
+def reading_state(who: str) -> Iterator[None]:
+    """Say in one sentence that a checkpoint's state of a callback can't be read.
+
+    Raises:
+        PlanError: something in it is missing, or is of another kind.
+    """
+    try:
+        yield
+    except PruningError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise PlanError(
+            f"The checkpoint's state of {who} can't be read ({first}); it is damaged or of another version."
+        ) from error
 
 
 def configured_(pl_module: LightningModule) -> LightningModule:

@@ -42,7 +42,8 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **m
             error of the proof and the metrics.
 
     Raises:
-        SlimFileError: where the model is not what the plan leaves, or the metadata can't be written as JSON.
+        SlimFileError: where the model is not what the plan leaves, the metadata can't be written as JSON, or the disk
+            is full or not writable; what stood under the name before stands there still.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored(model).items()}
     if isinstance(plan, SparsityPlan):
@@ -61,16 +62,10 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **m
         text = json.dumps({**header, "digest": _digest(header, tensors)}, sort_keys=True)
     except TypeError as error:
         raise SlimFileError(f"The metadata must be what JSON can hold: {error}.") from error
-    target = Path(path)
-    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
     try:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, draft, metadata={KEY: text})
-        os.chmod(draft, 0o644)
-        Path(draft).replace(target)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+        _write(Path(path), {name: tensor.clone() for name, tensor in tensors.items()}, text)
+    except (OSError, SafetensorError) as error:
+        raise SlimFileError(f"The slim file can't be written to {os.fspath(path)}: {error}.") from error
 
 
 def read_slim_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -122,6 +117,18 @@ def load_slim(path: str | os.PathLike[str], model: nn.Module) -> Plan:
         for name, tensor in _stored(model).items():
             tensor.copy_(tensors[name])
     return plan
+
+
+def _write(target: Path, tensors: dict[str, Tensor], text: str) -> None:
+    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, draft, metadata={KEY: text})
+        os.chmod(draft, 0o644)
+        Path(draft).replace(target)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
 
 
 def _plan_of(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
