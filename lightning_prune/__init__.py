@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         PruningError,
         SlimFileError,
         TraceError,
+        UnknownLayerError,
     )
     from lightning_prune.reports import export
     from lightning_prune.schedules import (
@@ -61,7 +62,7 @@ _HOMES = {
     "lightning_prune.callbacks.tpp": ("TPP",),
     "lightning_prune.errors": (
         *("ConfigurationError", "ExportError", "PlanError", "ProofError", "PruningError", "SlimFileError"),
-        "TraceError",
+        *("TraceError", "UnknownLayerError"),
     ),
     "lightning_prune.reports": ("export",),
     "lightning_prune.schedules": (
@@ -101,6 +102,7 @@ __all__ = [
     "TPP",
     "TPPSchedule",
     "TraceError",
+    "UnknownLayerError",
     "__version__",
     "choose",
     "choose_weights",

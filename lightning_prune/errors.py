@@ -11,6 +11,13 @@ class ConfigurationError(PruningError, ValueError):
     """An argument, or a combination of arguments, that can't be meant."""
 
 
+class UnknownLayerError(PruningError, KeyError):
+    """A name that nothing in the model has."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # a KeyError would put its message in quotes
+
+
 class TraceError(PruningError, RuntimeError):
     """The model's forward pass could not be watched."""
 

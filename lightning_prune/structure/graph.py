@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError
+from lightning_prune.structure.explanation import Notes, explain
+from lightning_prune.structure.overview import overview
 from lightning_prune.structure.plan import NOWHERE, Member, PruningPlan, named_tensors, signature, submodule
 
 
@@ -76,6 +78,7 @@ class ChannelGraph:
         pinned: layer -> why some or all of its output channels can't go.
         numbers: module attributes that only count channels -> the group and how many positions a channel takes.
         root: name of the model inside a larger module, where it is part of one: patterns may begin with it.
+        notes: of the trace, for :meth:`explain`.
     """
 
     model: nn.Module
@@ -83,12 +86,29 @@ class ChannelGraph:
     pinned: Mapping[str, str]
     numbers: Mapping[str, tuple[tuple[str, int], ...]]
     root: str = ""
+    notes: Notes | None = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> ChannelGroup:
         for group in self.groups:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+    def explain(self, name: str) -> str:
+        """One paragraph about a layer: what its channels are tied to and where, who reads them, how many can go.
+
+        Args:
+            name: of a layer, group, module or parameter; where the model is part of a larger one, from either.
+
+        Raises:
+            UnknownLayerError: nothing has that name; the message says what comes near.
+
+        >>> from lightning_prune import trace
+        >>> graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4))
+        >>> print(graph.explain("2"))
+        '2' (Linear) keeps all of its 2 channels. Its channels are the network's output. It reads channels of group '0'.
+        """
+        return explain(self, name)
 
     def plan(
         self, removed: Mapping[str, Sequence[int]], into: Mapping[str, Mapping[int, int]] | None = None
@@ -146,11 +166,8 @@ class ChannelGraph:
         }
 
     def __str__(self) -> str:
-        rows = [
-            f"{group.name}  {group.size} channels, read by {', '.join(group.consumers) or 'nobody'}"
-            for group in self.groups
-        ]
-        return "\n".join(rows + [f"{layer}  pinned: {reason}" for layer, reason in self.pinned.items()])
+        """A table: a line per group, then what stays and why."""
+        return overview(self)
 
 
 def _or_nowhere(targets: Tensor, gone: list[int]) -> tuple[int, ...]:

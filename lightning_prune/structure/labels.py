@@ -5,7 +5,7 @@ Letters: ``n`` labels of one tensor dim, ``A`` atoms in the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,9 @@ class Axis(NamedTuple):
 
 Axes = tuple["Axis | None", ...]
 
+#: Which operator, in which module.
+Place = tuple[str, str]
+
 
 class Solution(NamedTuple):
     """Connected labels: ``root[label]`` is the smallest label of its class; ``reasons[root]`` says why it is pinned."""
@@ -41,7 +44,13 @@ class Solution(NamedTuple):
 
 
 class Labels:
-    """Hands out labels and remembers which are united, which are pinned and why."""
+    """Hands out labels and remembers which are united, which are pinned and why.
+
+    Attributes:
+        dims: the model's own dims, in the order of their labels.
+        starts: the first label of each of them, and one past the last.
+        place: where unions are made at present.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.dims: list[tuple[str, int]] = []
@@ -55,7 +64,9 @@ class Labels:
         self.starts: Ints = np.array([*starts, count], dtype=np.int64)
         self._first = {member: int(start) for member, start in zip(self.dims, starts, strict=True)}
         self._count = count
+        self.place: Place = ("", "")
         self._united: list[tuple[Ints, Ints]] = []
+        self._places: list[Place] = []
         self._pinned: list[tuple[Ints, str]] = []
         self._marked: dict[str, list[Ints]] = {}
 
@@ -96,6 +107,12 @@ class Labels:
         if a is not b:
             left, right = np.broadcast_arrays(a, b)
             self._united.append((left.ravel(), right.ravel()))
+            self._places.append(self.place)
+
+    def unions(self) -> Iterator[tuple[Ints, Ints, Place]]:
+        """What was united, pair by pair, and where."""
+        for (left, right), place in zip(self._united, self._places, strict=True):
+            yield left, right, place
 
     def pin(self, labels: Ints, reason: str) -> None:
         """Forbid these labels to leave."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from lightning_prune.errors import TraceError
 from lightning_prune.structure.elastic import loosen_
+from lightning_prune.structure.explanation import Notes
 from lightning_prune.structure.graph import ChannelGraph
 from lightning_prune.structure.grouping import graph_of
 from lightning_prune.structure.probe import probe
@@ -62,7 +64,7 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
                     labels.pin(guilty, fault.reason)
         solution = labels.solve()
         graph = graph_of(model, watcher.known, solution)
-    return graph
+    return replace(graph, notes=Notes(labels, solution, watcher.known.roles, watcher.records))
 
 
 def _watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Watcher:

@@ -70,6 +70,7 @@ class Watcher(TorchDispatchMode):
         from_data = any(self.known.from_data(tensor) for tensor in call.inputs)
         if from_data and not call.outputs and self._after_branch is None:
             self._after_branch = self.known.live()
+        self.known.labels.place = call.name, self.known.module
         axes = rule(call)
         written = axes if isinstance(axes, list) else [axes] * len(call.outputs)
         for tensor, new in zip(call.outputs, written, strict=True):
