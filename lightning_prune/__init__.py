@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_prune.structure import (
         ChannelGraph,
         ChannelGroup,
+        Flow,
         Proof,
         PruningPlan,
         SparsityPlan,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         load_slim,
         prove,
         prune_,
+        register_rule,
         save_slim,
         trace,
     )
@@ -69,8 +71,9 @@ _HOMES = {
         *("ASCPSchedule", "GReg1Schedule", "GReg2Schedule", "MaskSparsityStrength", "TPPSchedule"),
     ),
     "lightning_prune.structure": (
-        *("ChannelGraph", "ChannelGroup", "Proof", "PruningPlan", "SparsityPlan"),
-        *("choose", "choose_weights", "load_slim", "prove", "prune_", "save_slim", "trace"),
+        *("ChannelGraph", "ChannelGroup", "Flow", "Proof", "PruningPlan", "SparsityPlan"),
+        *("choose", "choose_weights", "load_slim", "prove", "prune_", "register_rule"),
+        *("save_slim", "trace"),
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -82,6 +85,7 @@ __all__ = [
     "ChannelGroup",
     "ConfigurationError",
     "ExportError",
+    "Flow",
     "GReg1",
     "GReg1Schedule",
     "GReg2",
@@ -111,6 +115,7 @@ __all__ = [
     "load_slim",
     "prove",
     "prune_",
+    "register_rule",
     "save_slim",
     "trace",
 ]

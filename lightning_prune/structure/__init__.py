@@ -5,9 +5,11 @@ Works on any ``torch.nn.Module`` and knows neither penalties nor Lightning.
 
 from lightning_prune.structure.bits import Bits
 from lightning_prune.structure.choice import choose, choose_weights, pick, pick_weights, select
+from lightning_prune.structure.custom import RuleHandle, register_rule
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
 from lightning_prune.structure.plan import PruningPlan, kept_channels, signature
 from lightning_prune.structure.proof import Proof, masked_state, prove
+from lightning_prune.structure.rules.flow import Flow
 from lightning_prune.structure.slim_file import load_slim, read_slim_header, read_slim_plan, save_slim
 from lightning_prune.structure.sparsity import Plan, SparsityPlan
 from lightning_prune.structure.surgery import prune_
@@ -18,9 +20,11 @@ __all__ = [
     "Bits",
     "ChannelGraph",
     "ChannelGroup",
+    "Flow",
     "Plan",
     "Proof",
     "PruningPlan",
+    "RuleHandle",
     "SparsityPlan",
     "WeightGraph",
     "WeightGroup",
@@ -35,6 +39,7 @@ __all__ = [
     "prune_",
     "read_slim_header",
     "read_slim_plan",
+    "register_rule",
     "save_slim",
     "select",
     "signature",

@@ -10,6 +10,9 @@ from torch import Tensor
 from lightning_prune.structure.knowledge import Knowledge
 from lightning_prune.structure.labels import Axes, Axis, Ints, Labels
 
+#: Keyword under which a module that counts as one operator brings its parameters and buffers.
+OWN = "parameters and buffers"
+
 
 class Call:
     """An operator's name, arguments and results, and what is known of them.
@@ -20,19 +23,46 @@ class Call:
         args: positional arguments.
         kwargs: keyword arguments.
         outputs: the tensors among the results, in order.
+
+    Attributes:
+        inputs: the tensors among the arguments, in order.
+        names: of the arguments, where the operator's rule is a user's.
+
+    A rule of one's own, for channels that are dealt out to two halves; dims that stay have no axis:
+
+    >>> from torch import nn, zeros
+    >>> from lightning_prune import register_rule, trace
+    >>> from lightning_prune.structure.rules import Axis, couple
+    >>> class Halves(nn.Module):
+    ...     def forward(self, x):
+    ...         return x[:, :4] * x[:, 4:]
+    >>> def rule(call):
+    ...     batch, channels = call.axes(call.named("x"))
+    ...     return [(batch, channels and Axis(couple(call, channels.labels, 2), vanishes=True))]
+    >>> with register_rule(Halves, rule):
+    ...     graph = trace(nn.Sequential(nn.Linear(3, 8), Halves(), nn.Linear(4, 2)), zeros(1, 3))
+    >>> graph["0"].index["0.weight", 0].tolist()
+    [[0, 4], [1, 5], [2, 6], [3, 7]]
     """
 
-    __slots__ = ("args", "inputs", "known", "kwargs", "name", "outputs")
+    __slots__ = ("args", "inputs", "known", "kwargs", "name", "names", "outputs")
 
     def __init__(
         self, known: Knowledge, name: str, args: Sequence[Any], kwargs: dict[str, Any], outputs: list[Tensor]
     ) -> None:
         self.known, self.name, self.args, self.kwargs, self.outputs = known, name, args, kwargs, outputs
         self.inputs = list(tensors_in((args, kwargs)))
+        self.names: tuple[str, ...] = ()
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or by name."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def named(self, name: str) -> Any:
+        """An argument, parameter or buffer by its name, for a user's rule; ``None`` where it is left out."""
+        if name in self.names:
+            return self.arg(self.names.index(name), name)
+        return self.kwargs.get(OWN, {}).get(name)
 
     def axes(self, tensor: Tensor) -> Axes:
         """What is known of the dims of a tensor."""

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.errors import TraceError
+from lightning_prune.errors import ConfigurationError, TraceError
+from lightning_prune.structure.custom import sealed
 from lightning_prune.structure.elastic import loosen_
 from lightning_prune.structure.explanation import Notes
 from lightning_prune.structure.graph import ChannelGraph
@@ -34,6 +35,7 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
 
     Raises:
         TraceError: where the forward pass fails; the message names the statement.
+        ConfigurationError: where a rule of :func:`register_rule` doesn't fit what it is for.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> graph = trace(net, torch.zeros(1, 4))
@@ -48,6 +50,8 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
         device = "cpu"
         try:
             watcher = _watch(model, args, named, device)
+        except ConfigurationError:  # of a user's rule
+            raise
         except Exception as error:  # any failure of foreign code is reported the same way
             raise TraceError(f"The model can't be watched: {_statement(error)}.") from error
     labels = watcher.known.labels
@@ -55,7 +59,7 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
     graph = graph_of(model, watcher.known, solution)
 
     def fresh() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        return loosen_(replica(model, device)), *to_device((args, named), device)
+        return loosen_(sealed(replica(model, device))), *to_device((args, named), device)
 
     while graph.groups and (faults := probe(watcher.records, labels, solution, graph, fresh, device == "meta")):
         for fault in faults:
@@ -68,7 +72,7 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
 
 
 def _watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Watcher:
-    watcher = Watcher(loosen_(replica(model, device)))
+    watcher = Watcher(loosen_(sealed(replica(model, device))))
     watcher.run(*to_device((args, kwargs), device))
     return watcher
 
