@@ -30,17 +30,18 @@ class Call:
 
     A rule of one's own, for channels that are dealt out to two halves; dims that stay have no axis:
 
-    >>> from torch import nn, zeros
+    >>> import torch
+    >>> from torch import nn
     >>> from lightning_prune import register_rule, trace
     >>> from lightning_prune.structure.rules import Axis, couple
     >>> class Halves(nn.Module):
     ...     def forward(self, x):
-    ...         return x[:, :4] * x[:, 4:]
+    ...         return torch.mul(*x.chunk(2, dim=1))
     >>> def rule(call):
     ...     batch, channels = call.axes(call.named("x"))
     ...     return [(batch, channels and Axis(couple(call, channels.labels, 2), vanishes=True))]
     >>> with register_rule(Halves, rule):
-    ...     graph = trace(nn.Sequential(nn.Linear(3, 8), Halves(), nn.Linear(4, 2)), zeros(1, 3))
+    ...     graph = trace(nn.Sequential(nn.Linear(3, 8), Halves(), nn.Linear(4, 2)), torch.zeros(1, 3))
     >>> graph["0"].index["0.weight", 0].tolist()
     [[0, 4], [1, 5], [2, 6], [3, 7]]
     """
