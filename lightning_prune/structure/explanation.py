@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,12 +28,14 @@ class Notes(NamedTuple):
         labels: of the whole model.
         solution: of these labels.
         roles: number of a parameter dim (see ``Labels.dims``) -> what it is to its group.
+        used: names of the parameters and buffers that the pass has read.
         records: what every operator read and wrote.
     """
 
     labels: Labels
     solution: Solution
     roles: Mapping[int, set[str]]
+    used: AbstractSet[str]
     records: Sequence[Record]
 
 
@@ -65,6 +68,7 @@ def _resolved(graph: ChannelGraph, name: str) -> str:
     plain = plain_name(name)
     inside = {plain_name(path) for path, _ in graph.model.named_modules(remove_duplicate=False)}
     inside |= {plain_name(path) for path, _ in graph.model.named_parameters(remove_duplicate=False)}
+    inside |= {plain_name(path) for path, _ in graph.model.named_buffers(remove_duplicate=False)}
     inside |= {*named_tensors(graph.model), *(group.name for group in graph.groups)}
     within = plain.removeprefix(graph.root).removeprefix(".") if _is_below(plain, graph.root) else plain
     for known in (plain, within):
@@ -96,9 +100,9 @@ class _Explainer:
         own = self._dims_of(layer)
         if not own:
             return self._without_tensors(layer)
-        unused = self._unused(layer, own)
-        if unused:
-            return f"{self._title(layer)} stays as it is. {unused}"
+        own = [number for number in own if self.labels.dims[number][0] in self.notes.used]
+        if not own:
+            return f"{self._title(layer)} stays as it is. It is not used by this forward pass."
         makes, verb = self._channels_of(own)
         sentences = [*self._sharing(layer, own), *self._made(layer, makes, verb)]
         reads = [number for number in own if "inputs" in self._roles(number)]
@@ -153,10 +157,6 @@ class _Explainer:
 
     # sentences
 
-    def _unused(self, layer: str, own: list[int]) -> str:
-        found = (self.graph.pinned.get(each, "") for each in (layer, *map(self._layer, own)))
-        return next((reason for reason in found if "not used" in reason), "")
-
     def _sharing(self, layer: str, own: list[int]) -> Iterator[str]:
         others = [
             each
@@ -184,18 +184,14 @@ class _Explainer:
             stay = [f"{held.size} that stay"] if held.size else []
             yield f"{title} {verb} {listed([*counts, *stay])}."
         if held.size:
-            yield " ".join(self._reasons(layer, held))
+            reasons = self.notes.solution.reasons
+            yield from list(dict.fromkeys(reasons[each] for each in held.tolist()))[:2]
         yield from self._tied(np.unique(classes[classes != self.root[FIXED]]), makes)
         if len(parts) > _LISTED:
             yield "Ask for a group by its name."
             return
         for group, _ in parts:
             yield from self._group(group, f"Those of group {group.name!r}" if len(parts) > 1 or held.size else "They")
-
-    def _reasons(self, layer: str, held: Ints) -> list[str]:
-        reasons = self.notes.solution.reasons
-        found = dict.fromkeys(reasons[root] for root in held.tolist() if root in reasons)
-        return list(found)[:2] or [self.graph.pinned.get(layer, "They go by no operator that is known.")]
 
     def _tied(self, classes: Ints, makes: list[int]) -> Iterator[str]:
         """The other layers in these classes, each with the operator through which it came in."""

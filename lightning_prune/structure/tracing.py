@@ -68,7 +68,8 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
                     labels.pin(guilty, fault.reason)
         solution = labels.solve()
         graph = graph_of(model, watcher.known, solution)
-    return replace(graph, notes=Notes(labels, solution, watcher.known.roles, watcher.records))
+    known = watcher.known
+    return replace(graph, notes=Notes(labels, solution, known.roles, known.used, watcher.records))
 
 
 def _watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Watcher:

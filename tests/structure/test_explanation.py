@@ -12,6 +12,8 @@ from torchvision import models
 
 from lightning_prune.errors import PlanError, PruningError, UnknownLayerError
 from lightning_prune.structure import ChannelGraph, trace
+from tests.structure.cases import CASES, Case
+from tests.structure.test_cases import watched
 
 
 class Wired(nn.Module):
@@ -151,6 +153,16 @@ def test_depthwise_and_grouped(wired: ChannelGraph) -> None:
 
 def test_a_layer_that_nobody_uses(wired: ChannelGraph) -> None:
     assert wired.explain("spare") == "'spare' (Conv2d) stays as it is. It is not used by this forward pass."
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_hard_case_has_a_word_for_every_name(case: Case) -> None:
+    graph, _ = watched(case.name)
+    paths = {path for path, _ in graph.model.named_modules(remove_duplicate=False)}
+    paths |= {path for path, _ in graph.model.named_parameters(remove_duplicate=False)}
+    for said in map(graph.explain, paths):
+        assert said.endswith(".") and "\n" not in said
+    assert max(map(len, str(graph).splitlines())) <= 120
 
 
 def test_shuffled_channels() -> None:
