@@ -96,10 +96,21 @@ def test_a_slim_file_begins_another_run(tmp_path: Path) -> None:
 
 
 def test_the_demo_on_two_processes(tmp_path: Path) -> None:
-    """Half of each batch for either; the table is that of the first one."""
-    report, accuracy = demo(tmp_path, "--epochs", "3", "--devices", "2")
-    assert len(report["layers"]) == 4
+    """Half of each batch for either; its table is the one that the YAML for two processes ends in."""
+    report, accuracy = demo(tmp_path / "demo", "--epochs", "3", "--devices", "2")
     assert accuracy["finetuned"] > 0.9
+    assert [layer[1:] for layer in report["layers"]] == [[32, 12], [32, 12], [64, 25], [64, 25]]
+
+    files = [part for name in ("base", "ddp") for part in ("-c", EXAMPLES / "configs" / f"{name}.yaml")]
+    output = run("train.py", "fit", *files, *SHORT, f"--trainer.logger.save_dir={tmp_path}")
+    (path,) = (path for path in tmp_path.rglob("prune_report.json") if path.parent.name != "demo")
+    other = json.loads(path.read_text())
+    for part in ("layers", "unit", "cost_before", "cost_after", "monitor", "tolerance", "renormalised"):
+        assert other[part] == report[part], part
+    assert [each["batch"] for each in other["latency_after"]] == [each["batch"] for each in report["latency_after"]]
+    assert output.count("From dense to slim") == 1
+    for row in ("channels", "net.blocks.0.conv1", "MACs per sample", "parameters", "latency, batch 64, ms", "val_acc"):
+        assert row in output
 
 
 def test_the_callbacks_fit_on_the_command_line(tmp_path: Path) -> None:
