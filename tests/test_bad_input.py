@@ -28,7 +28,8 @@ from lightning_prune import (
     trace,
 )
 from lightning_prune.callbacks.checkpointing import KEY, adapt_
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.callbacks.structural import StructuralPruning
+from lightning_prune.errors import ConfigurationError, ProofError
 from tests.callbacks.nets import Classifier, image_loader, seeded, trainer
 from tests.callbacks.slimming import Task
 from tests.settings import SETTINGS
@@ -271,3 +272,19 @@ def test_scores_that_are_no_numbers(value: float, channel: int, score: str) -> N
     refuses(lambda: choose(graph, score=score), ConfigurationError)
     first, second = everything(model), before
     assert str(first) == str(second)  # NaN is no NaN's equal
+
+
+@pytest.mark.parametrize("row", SETTINGS)
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*energy was left", "ignore:.*can't be folded")
+def test_every_method_refuses_weights_that_are_no_numbers(row: str, layer: int) -> None:
+    """Filters, or the scales of a norm: when it looks at them, at the latest in the proof before surgery."""
+    network: Any = seeded(SETTINGS[row].net)
+    with torch.no_grad():
+        network[layer].weight[2] = float("nan")
+    task = Classifier(network)
+    run = trainer(SETTINGS[row].build(), StructuralPruning(latency_batches=(), report_file=None), max_epochs=4)
+    with pytest.raises((ConfigurationError, ProofError)) as caught:
+        run.fit(task, image_loader(7))
+    assert "\n" not in str(caught.value)
+    assert network[0].out_channels == 8 and network[3].in_channels == 8

@@ -52,11 +52,13 @@ def examine(
     """Prove the plan on this rank's inputs, and look at the dense network. Every rank has to call it.
 
     Raises:
-        ProofError: the slim network would not compute what the masked one does, on some rank.
+        ProofError: the slim network would not compute what the masked one does, or weights aren't finite, on some rank.
     """
     proof = None
     if isinstance(plan, PruningPlan):
         proof = run_together(trainer, lambda: _prove(network, plan, inputs, tolerance))
+    else:
+        run_together(trainer, lambda: _prove_finite(network, plan))
     return Examination(proof, on_first_rank(trainer, lambda: look(network, inputs, batches)))
 
 
@@ -127,6 +129,15 @@ def conclude(
 def _rows(plan: Plan) -> list[tuple[str, int, int]]:
     counts = plan.weights() if isinstance(plan, SparsityPlan) else plan.widths()
     return [(name, before, after) for name, (before, after) in counts.items()]
+
+
+@torch.no_grad()
+def _prove_finite(network: nn.Module, plan: SparsityPlan) -> None:
+    """Of channels the proof says so by itself."""
+    norms = torch._foreach_norm([parameter.detach() for parameter in plan.masks(network)], float("inf"))
+    for name, is_finite in zip(plan.kept, torch.stack([norm.isfinite() for norm in norms]).tolist(), strict=True):
+        if not is_finite:
+            raise ProofError(f"The weights of {name!r} are not all finite before surgery; training diverged.")
 
 
 @torch.no_grad()
