@@ -6,10 +6,10 @@
     python benchmarks/accuracy.py --preset cpu --table                       # what is known so far
 
 A run is dense training, the sparse stage and finetuning, each with a cosine cycle of its own; the dense stage is
-trained once per seed and resumed by every method. Magnitude trains on densely instead of a sparse stage, so that all have the
-same number of epochs. ``--minutes`` stops at the end of an epoch; checkpoints and results lie under ``--out``, and the
-next call goes on from there. Columns are last epochs, never the best: dense, masked network just before surgery, right
-after it, finetuned; multiply-adds by fvcore. ``--root`` holds ``cifar-10-batches-py``.
+trained once per seed and resumed by every method. Magnitude trains on densely instead of a sparse stage, so that all
+have the same number of epochs. ``--minutes`` stops at the end of an epoch; checkpoints and results lie under ``--out``,
+and the next call goes on from there. Columns are last epochs, never the best: dense, masked network just before
+surgery, right after it, finetuned; multiply-adds by fvcore. ``--root`` holds ``cifar-10-batches-py``.
 """
 
 from __future__ import annotations
