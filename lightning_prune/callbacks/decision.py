@@ -136,4 +136,5 @@ def rooted(plan: Plan, pl_module: LightningModule, module: str) -> Plan:
         renormalised=tuple(own[name] for name in plan.renormalised),
         merged={member(key): value for key, value in plan.merged.items()},
         summed=tuple(map(member, plan.summed)),
+        joined=tuple(f"{module}.{name}" for name in plan.joined),
     )

@@ -4,17 +4,23 @@ Some attention modules work out the width of a head anew from the width of what 
 has an elastic twin here: a subclass with the same parameters and results, whose forward reads the inner width off its
 own weights. A copy to be watched consists of twins; surgery turns a module into its twin where its own forward would
 no longer do, and nowhere else. Which ones these are follows from the shapes, so that no plan needs to say it.
+
+Of foreign classes only one thing is known: they fail where they join their heads (``reshape(B, N, C)``). Their twin,
+:class:`Joined`, runs the forward that they have and lets the last dim take what is left. Plans name these modules.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_prune.structure.plan import submodule
 
 
 class Elastic(nn.Module):
@@ -27,8 +33,8 @@ class Elastic(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         whole = super().__reduce_ex__(max(2, protocol))
-        kind = type(self).__bases__[-1]
-        return (_revive, (kind,), *whole[2:]) if _twin_of(kind) is type(self) else whole
+        bases = type(self).__bases__
+        return (_revive, bases, *whole[2:]) if _made.get(bases) is type(self) else whole
 
 
 class MultiheadAttention(Elastic):
@@ -259,27 +265,56 @@ TWINS: dict[str, type[Elastic]] = {
 }
 
 
-_known: dict[Any, type[Elastic] | None] = {}
+class Joined(Elastic):
+    """Twin of a module that asks, at a reshape, for a width which it takes from elsewhere."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, in which the last dim of a reshape takes what is left where it would fail."""
+        with _Rest():
+            return super().forward(*args, **kwargs)
+
+
+class _Rest(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in RESHAPES and not kwargs and len(args) > 1 and not isinstance(args[1], torch.dtype):
+            wanted = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+            sizes = [int(size) if isinstance(size, Tensor) else size for size in wanted]
+            if -1 not in sizes and math.prod(sizes) != args[0].numel():
+                return func(args[0], (*sizes[:-1], -1))
+        return func(*args, **(kwargs or {}))
+
+
+RESHAPES = (Tensor.reshape, Tensor.view, torch.reshape)
+
+_made: dict[tuple[type, ...], type[Elastic]] = {}
+
+
+def _make(twin: type[Elastic], kind: type[nn.Module]) -> type[Elastic]:
+    """The class that is both; always the same."""
+    if (twin, kind) not in _made:
+        made = type(f"Elastic{kind.__name__}", (twin, kind), {"__module__": __name__})
+        _made[twin, kind] = cast("type[Elastic]", made)
+    return _made[twin, kind]
 
 
 def _twin_of(kind: type[nn.Module]) -> type[Elastic] | None:
-    """The elastic class that stands for a class, if it has one; always the same."""
-    if kind not in _known:
-        forward = kind.forward
-        twin = TWINS.get(f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}")
-        made = twin and type(f"Elastic{kind.__name__}", (twin, kind), {"__module__": __name__})
-        _known[kind] = cast("type[Elastic] | None", made)
-    return _known[kind]
+    """The elastic class that stands for a class, if it has one."""
+    forward: Any = kind.forward
+    twin = TWINS.get(f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}")
+    return None if twin is None else _make(twin, kind)
 
 
-def _revive(kind: type[nn.Module]) -> nn.Module:
+def _revive(twin: type[Elastic], kind: type[nn.Module]) -> nn.Module:
     """A module that a pickle or a deep copy will fill."""
-    twin = _twin_of(kind) or kind
-    return twin.__new__(twin)
+    made = _make(twin, kind)
+    return made.__new__(made)
 
 
-def loosen_(model: nn.Module) -> nn.Module:
-    """Turn all attention of a copy that is to be watched into its elastic twins."""
+def loosen_(model: nn.Module, joined: Iterable[str] = ()) -> nn.Module:
+    """Turn all attention of a copy that is to be watched into its elastic twins; see :func:`outgrown`."""
+    for name in joined:
+        module = submodule(model, name)
+        module.__class__ = _make(Joined, type(module))
     for module in model.modules():
         twin = _twin_of(type(module))
         if twin is not None:
@@ -287,8 +322,18 @@ def loosen_(model: nn.Module) -> nn.Module:
     return model
 
 
-def outgrown(model: nn.Module) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """Modules whose own forward no longer does, with the twin that does."""
+def can_join(model: nn.Module, name: str) -> bool:
+    """Whether this part of a model (not the whole) has a class whose forward a twin can run."""
+    module = submodule(model, name)
+    return bool(name) and not isinstance(module, (Elastic, torch.jit.ScriptModule)) and "forward" not in vars(module)
+
+
+def outgrown(model: nn.Module, joined: Iterable[str]) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """Modules whose own forward no longer does, with the twin that does; ``joined`` are those that a plan names."""
+    for name in joined:
+        module = submodule(model, name)
+        if not isinstance(module, Joined):
+            yield module, _make(Joined, type(module))
     for module in model.modules():
         twin = _twin_of(type(module))
         if twin is not None and len(set(twin.widths(module))) > 1:

@@ -78,6 +78,7 @@ class ChannelGraph:
         pinned: layer -> why some or all of its output channels can't go.
         numbers: module attributes that only count channels -> the group and how many positions a channel takes.
         root: name of the model inside a larger module, where it is part of one: patterns may begin with it.
+        joined: modules that can only go on as :class:`elastic.Joined` once channels have gone.
         notes: of the trace, for :meth:`explain`.
     """
 
@@ -86,6 +87,7 @@ class ChannelGraph:
     pinned: Mapping[str, str]
     numbers: Mapping[str, tuple[tuple[str, int], ...]]
     root: str = ""
+    joined: tuple[str, ...] = ()
     notes: Notes | None = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> ChannelGroup:
@@ -155,7 +157,7 @@ class ChannelGraph:
         }
         changed = {name: number for name, number in numbers.items() if number != self.dense_numbers()[name]}
         into_all = {member: _or_nowhere(targets, cut[member]) for member, targets in merged.items()}
-        rest = tuple(outputs), changed, tuple(renormalised), into_all, tuple(summed)
+        rest = tuple(outputs), changed, tuple(renormalised), into_all, tuple(summed), self.joined if cut else ()
         return PruningPlan(kept, sizes, signature(self.model), *rest)
 
     def dense_numbers(self) -> dict[str, int]:

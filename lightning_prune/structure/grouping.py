@@ -9,13 +9,27 @@ from torch import nn
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
 from lightning_prune.structure.knowledge import Knowledge
 from lightning_prune.structure.labels import Ints, Solution
+from lightning_prune.structure.numbers import joining
 from lightning_prune.structure.plan import Member, layer_of, named_tensors, plain_name
 
 
 def graph_of(model: nn.Module, known: Knowledge, solution: Solution) -> ChannelGraph:
     """The groups that a solution of the labels leaves free, for the model whose copy was watched."""
     groups = _named_apart(_groups(known, solution))
-    return ChannelGraph(model, tuple(groups), _pinned(known, solution), _counted(known, solution, groups))
+    owner = _owners(known, solution, groups)
+    return ChannelGraph(
+        model, tuple(groups), _pinned(known, solution), _counted(known, solution, owner), joined=joining(known)
+    )
+
+
+def _owners(known: Knowledge, solution: Solution, groups: list[ChannelGroup]) -> dict[int, str]:
+    """Class of labels -> the group that it is a channel of."""
+    owner: dict[int, str] = {}
+    for group in groups:
+        (name, dim), index = next(iter(group.index.items()))
+        roots = solution.root[known.labels.first(name, dim) + index[:, 0].numpy()]
+        owner.update(dict.fromkeys(roots.tolist(), group.name))
+    return owner
 
 
 def _groups(known: Knowledge, solution: Solution) -> list[ChannelGroup]:
@@ -125,15 +139,8 @@ def _under_all_names(model: nn.Module, pinned: dict[str, str]) -> dict[str, str]
     return pinned
 
 
-def _counted(
-    known: Knowledge, solution: Solution, groups: list[ChannelGroup]
-) -> dict[str, tuple[tuple[str, int], ...]]:
+def _counted(known: Knowledge, solution: Solution, owner: dict[int, str]) -> dict[str, tuple[tuple[str, int], ...]]:
     """For each number that a module keeps of its channels: which groups it counts, and how often."""
-    owner: dict[int, str] = {}
-    for group in groups:
-        (name, dim), index = next(iter(group.index.items()))
-        roots = solution.root[known.labels.first(name, dim) + index[:, 0].numpy()]
-        owner.update(dict.fromkeys(roots.tolist(), group.name))
     counted = {}
     for attribute, labels in known.sizes.items():
         parts: dict[str, int] = {}

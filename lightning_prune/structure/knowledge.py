@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -12,15 +11,6 @@ from torch import Tensor, nn
 
 from lightning_prune.structure.labels import Axes, Axis, Ints, Labels
 from lightning_prune.structure.plan import submodule
-
-#: Names under which modules keep numbers of heads, and widths of one head.
-HEADS: tuple[str, ...] = ("num_heads", "n_heads", "nheads", "heads", "n_head", "nhead", "num_attention_heads")
-HEADS += ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "n_kv_head")
-HEAD_WIDTHS = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "dim_per_head", "head_width")
-
-#: Names under which modules keep numbers of channels, unlike those of pixels, positions, windows or classes.
-_CHANNELS = re.compile(r"dim|channel|feature|width|hidden|embed|inner|model|head|plane|filter|unit|chs|^c$|^d$")
-_OTHERS = re.compile(r"image|img|patch|window|kernel|grid|pool|stride|seq|len|class|layer|group|depth")
 
 
 class Record(NamedTuple):
@@ -55,6 +45,7 @@ class Knowledge:
             ``"inputs"``, ``"scales"``, ``"shifts"``, or ``"through"`` for depthwise filters.
         used: names of the parameters and buffers that the pass has read.
         sizes: module attributes that count channels and that no tensor of the module tells -> what they count.
+        joined: modules that ask for a width they can't have at a reshape -> whether :class:`elastic.Joined` helps.
         stack: names of the modules at work, outermost first.
     """
 
@@ -64,6 +55,7 @@ class Knowledge:
         self.roles: dict[int, set[str]] = {}
         self.used: set[str] = set()
         self.sizes: dict[str, Ints] = {}
+        self.joined: dict[str, bool] = {}
         self.stack: list[str] = []
         self._own = tensors
         self._names = {id(tensor): name for name, tensor in tensors.items()}
@@ -151,7 +143,7 @@ class Knowledge:
         """
         module = submodule(self.model, self.module)
         if axis is not None and getattr(module, attribute, None) == axis.labels.size:
-            counted = self.sizes.setdefault(_joined(self.module, attribute), axis.labels)
+            counted = self.sizes.setdefault(_full(self.module, attribute), axis.labels)
             self.labels.unite(counted, axis.labels)
 
     def number(self, names: Iterable[str], size: int) -> str | None:
@@ -159,28 +151,6 @@ class Knowledge:
         module = vars(submodule(self.model, self.module))
         return next((name for name in names if type(module.get(name)) is int and module[name] == size), None)
 
-    def take_number(self, where: str, labels: Ints) -> bool:
-        """Let the numbers of channels follow that a module, or one around it, keeps of a dim, if they don't yet.
 
-        Args:
-            where: name of the module whose code counts the channels.
-            labels: of the dim.
-        """
-        parts = where.split(".") if where else []
-        for depth in range(len(parts), -1, -1):
-            path = ".".join(parts[:depth])
-            kept = vars(submodule(self.model, path)).items()
-            names = [name for name, value in kept if type(value) is int and value == labels.size and _counts(name)]
-            new = [key for name in names if (key := _joined(path, name)) not in self.sizes]
-            self.sizes.update(dict.fromkeys(new, labels))
-            if new:
-                return True
-        return False
-
-
-def _joined(path: str, attribute: str) -> str:
+def _full(path: str, attribute: str) -> str:
     return f"{path}.{attribute}" if path else attribute
-
-
-def _counts(name: str) -> bool:
-    return bool(_CHANNELS.search(name)) and not _OTHERS.search(name) and name not in HEAD_WIDTHS

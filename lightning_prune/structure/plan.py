@@ -90,6 +90,7 @@ class PruningPlan:
             stands for it afterwards (itself, where it stays; -1 where it just goes).
         summed: those keys of ``merged`` that are a layer's input channels; there a position that goes is added to the
             one that stands for it. Along the other keys both are taken to be alike.
+        joined: modules whose reshapes take, in their last dim, what is left; see :class:`elastic.Joined`.
 
     Raises:
         PlanError: for positions that are out of range, repeated, not ascending or none at all.
@@ -110,11 +111,12 @@ class PruningPlan:
     renormalised: tuple[str, ...] = ()
     merged: Mapping[Member, tuple[int, ...]] = field(default_factory=dict)
     summed: tuple[Member, ...] = ()
+    joined: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("kept", "sizes", "numbers", "merged"):
             object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
-        for name in ("outputs", "renormalised", "summed"):
+        for name in ("outputs", "renormalised", "summed", "joined"):
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
         if self.kept.keys() != self.sizes.keys():
             raise PlanError("A plan needs the dense size of exactly the dims that it cuts.")
@@ -166,6 +168,7 @@ class PruningPlan:
             "renormalised": list(self.renormalised),
             "merged": [[*member, list(targets)] for member, targets in self.merged.items()],
             "summed": [list(member) for member in self.summed],
+            "joined": list(self.joined),
         }
         return json.dumps(whole, sort_keys=True)
 
@@ -177,7 +180,7 @@ class PruningPlan:
             PlanError: where the text is no plan, or one of another version.
         """
         try:
-            whole = json.loads(text)
+            whole = {"joined": [], **json.loads(text)}
             if type(whole["version"]) is not int or whole["version"] != VERSION:
                 raise PlanError(f"This plan has version {whole['version']!r}; this library reads version {VERSION}.")
             _check_kinds(whole)
@@ -187,7 +190,7 @@ class PruningPlan:
             outputs = tuple((name, dim) for name, dim in whole["outputs"])
             merged = {(name, dim): tuple(targets) for name, dim, targets in whole["merged"]}
             summed = tuple((name, dim) for name, dim in whole["summed"])
-            rest = whole["numbers"], tuple(whole["renormalised"]), merged, summed
+            rest = whole["numbers"], tuple(whole["renormalised"]), merged, summed, tuple(whole["joined"])
             return cls(kept, sizes, whole["signature"], outputs, *rest)
         except PlanError:
             raise
@@ -205,7 +208,7 @@ class PruningPlan:
 
 #: What the parts of a plan's JSON are.
 _KINDS = {"signature": str, "tensors": dict, "outputs": list, "numbers": dict, "renormalised": list}
-_KINDS |= {"merged": list, "summed": list}
+_KINDS |= {"merged": list, "summed": list, "joined": list}
 
 
 def _check_kinds(whole: Mapping[str, Any]) -> None:
@@ -215,9 +218,9 @@ def _check_kinds(whole: Mapping[str, Any]) -> None:
     for name, number in whole["numbers"].items():
         if type(number) is not int:
             raise PlanError(f"The number {name!r} of a pruning plan must be whole, not {number!r}.")
-    for name in whole["renormalised"]:
+    for name in (*whole["renormalised"], *whole["joined"]):
         if not isinstance(name, str):
-            raise PlanError(f"The layers that a pruning plan renormalises must be names, not {name!r}.")
+            raise PlanError(f"The layers that a pruning plan renormalises or joins must be names, not {name!r}.")
 
 
 def _check(member: Member, positions: Sequence[int], size: int) -> None:

@@ -10,7 +10,7 @@ and the pass goes on with a tensor of the foretold size: one pass finds all such
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +21,11 @@ from lightning_prune.structure.call import tensors_in
 from lightning_prune.structure.graph import ChannelGraph
 from lightning_prune.structure.knowledge import Record
 from lightning_prune.structure.labels import Axes, Axis, Ints, Labels, Solution
+from lightning_prune.structure.numbers import Fault
 from lightning_prune.structure.plan import Member, named_tensors
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.surgery import Cut, Cuts, resize_
 from lightning_prune.structure.watch import UNSEEN, compute, on_meta, open_up, operator_name, rule_for, scalars_of
-
-
-class Fault(NamedTuple):
-    """Where Python does not agree: labels of the dims that it counts, why, and in which module."""
-
-    guilty: list[Ints]
-    reason: str
-    where: str
 
 
 def probe(
@@ -162,7 +155,7 @@ class Prober(TorchDispatchMode):
             result = compute(func, args, kwargs)
         except Exception:  # a size that does not fit, in whatever words
             reason = f"{_named(record)} fails with another number of channels."
-            self._blame(record.where, (*record.inputs, *record.outputs), reason)
+            self._blame(record.where, (*record.inputs, *record.outputs), reason, _joins(args, record, expected))
             return _stand_in(func, args, kwargs, expected)
         if [tuple(tensor.shape) for tensor in tensors_in(result)] == expected:
             return result
@@ -190,7 +183,7 @@ class Prober(TorchDispatchMode):
         for axis, size in zip(axes, shape, strict=True):
             yield size if axis is None else int(self.times[axis.labels].sum())
 
-    def _blame(self, where: str, tensors: tuple[Axes, ...], reason: str) -> None:
+    def _blame(self, where: str, tensors: tuple[Axes, ...], reason: str, joins: bool = False) -> None:
         """Blame what has another width along these dims; where nothing has, it was read off an earlier tensor."""
         self.failed = True
         earlier = self.position - 1
@@ -198,11 +191,18 @@ class Prober(TorchDispatchMode):
             tensors = (*self.records[earlier].inputs, *self.records[earlier].outputs)
             earlier -= 1
         if guilty:
-            self.faults.append(Fault([axis.labels for axis in guilty], reason, where))
+            self.faults.append(Fault([axis.labels for axis in guilty], reason, where, joins))
 
     def _changing_along(self, tensors: tuple[Axes, ...]) -> list[Axis]:
         found = (axis for axes in tensors for axis in axes if axis is not None)
         return [axis for axis in found if (self.times[axis.labels] != 1).any()]
+
+
+def _joins(args: Any, record: Record, expected: list[tuple[int, ...]]) -> bool:
+    """Whether only the last size that a reshape asks for is another than foretold."""
+    if record.operator not in ("view", "reshape") or len(args) < 2 or not isinstance(args[1], (list, tuple)):
+        return False
+    return len(args[1]) > 1 and tuple(args[1][:-1]) == expected[0][:-1]
 
 
 def _named(record: Record) -> str:

@@ -67,11 +67,15 @@ def prune_(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimi
     for (name, dim), positions in plan.kept.items():
         into = torch.tensor(plan.merged[name, dim]) if (name, dim) in plan.summed else None
         cuts.setdefault(name, {})[dim] = Cut(torch.tensor(positions), into)
-    resize_(model, cuts, plan.numbers, optimizers)
+    resize_(model, cuts, plan.numbers, plan.joined, optimizers)
 
 
 def resize_(
-    model: nn.Module, cuts: Mapping[str, Cuts], numbers: Mapping[str, int], optimizers: Sequence[Optimizer] = ()
+    model: nn.Module,
+    cuts: Mapping[str, Cuts],
+    numbers: Mapping[str, int],
+    joined: Iterable[str] = (),
+    optimizers: Sequence[Optimizer] = (),
 ) -> None:
     """Take, along some dims of some tensors, just the positions named (a trial may name some of them repeatedly)."""
     tensors = named_tensors(model)
@@ -93,7 +97,7 @@ def resize_(
         for name, number in numbers.items():
             path, _, attribute = name.rpartition(".")
             _set(submodule(model, path), attribute, number, undo)
-        for module, twin in list(outgrown(model)):
+        for module, twin in list(outgrown(model, joined)):
             _set(module, "__class__", twin, undo)
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoder) and not nests(module):

@@ -17,6 +17,7 @@ from lightning_prune.structure.elastic import loosen_
 from lightning_prune.structure.explanation import Notes
 from lightning_prune.structure.graph import ChannelGraph
 from lightning_prune.structure.grouping import graph_of
+from lightning_prune.structure.numbers import answer, joining
 from lightning_prune.structure.probe import probe
 from lightning_prune.structure.replica import arguments, replica, to_device
 from lightning_prune.structure.watch import Watcher
@@ -59,13 +60,10 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
     graph = graph_of(model, watcher.known, solution)
 
     def fresh() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        return loosen_(sealed(replica(model, device))), *to_device((args, named), device)
+        return loosen_(sealed(replica(model, device)), joining(watcher.known)), *to_device((args, named), device)
 
     while graph.groups and (faults := probe(watcher.records, labels, solution, graph, fresh, device == "meta")):
-        for fault in faults:
-            if not any([watcher.known.take_number(fault.where, guilty) for guilty in fault.guilty]):
-                for guilty in fault.guilty:
-                    labels.pin(guilty, fault.reason)
+        answer(watcher.known, faults)
         solution = labels.solve()
         graph = graph_of(model, watcher.known, solution)
     known = watcher.known

@@ -137,9 +137,52 @@ class FusedProjection(nn.Module):
         return self.fc(self.mlp(x + self.proj(y)))
 
 
-@case(TOKENS, name="HeadsOutOfWidth")
+class JoinedByWidth(nn.Module):
+    """The joined heads are as wide as the embedding because Python says so, in one of several ways."""
+
+    def __init__(self, join: str) -> None:
+        super().__init__()
+        self.n_head, self.n_embd, self.join = 4, 12, join
+        self.qkv, self.proj, self.scale = nn.Linear(12, 36), nn.Linear(12, 12), 3**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        if self.join == "gpt":
+            parts = self.qkv(x).split(self.n_embd, dim=2)
+            q, k, v = (part.view(batch, length, self.n_head, width // self.n_head).transpose(1, 2) for part in parts)
+        else:
+            heads = self.qkv(x).reshape(batch, length, 3, self.n_head, width // self.n_head)
+            q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        y = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        y = y.transpose(1, 2)
+        if self.join == "deit":
+            return self.proj(y.reshape(batch, length, width))
+        if self.join == "torch":
+            return self.proj(torch.reshape(y, x.shape))
+        if self.join == "list":
+            return self.proj(y.contiguous().view([batch, length, width]))
+        return self.proj(y.contiguous().view(batch, length, width))
+
+
+@case(TOKENS, name="JoinedInReshape", join="deit")
+@case(TOKENS, name="JoinedInFunction", join="torch")
+@case(TOKENS, name="JoinedInList", join="list")
+@case(TOKENS, name="JoinedInView", join="gpt")
+class JoinedHeads(nn.Module):
+    def __init__(self, join: str) -> None:
+        super().__init__()
+        self.embed, self.attend, self.again = nn.Linear(12, 12), JoinedByWidth(join), JoinedByWidth(join)
+        self.mlp, self.fc = Mlp(12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.attend(x)
+        return self.fc(self.mlp(x + self.again(x)))
+
+
+@case(TOKENS)
 class HeadsOutOfWidth(nn.Module):
-    """The joined heads are as wide as the embedding because Python says so: heads stay."""
+    """As before, but in the model's own forward, whose class is nobody's to change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,6 +196,22 @@ class HeadsOutOfWidth(nn.Module):
         q, k, v = self.qkv(x).reshape(batch, length, 3, self.num_heads, 3).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
         return self.fc(self.mlp(x + self.proj(y)))
+
+
+@case((3, 12))
+class WrongWidthWrittenDown(nn.Module):
+    """A reshape inside of a part of the model that fails for another reason."""
+
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(len(x), 8, 1, 1).expand(len(x), 8, 2, 1).reshape(len(x), 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.part, self.b, self.c = nn.Linear(12, 8), self.Part(), nn.Linear(16, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.part(self.a(x))).relu())
 
 
 @case(TOKENS)

@@ -127,6 +127,6 @@ def test_the_table_is_complete() -> None:
         if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == room.__name__
     }
     helpers = {kind.__name__ for kind in written - entered}
-    assert helpers == {"Mlp", "StandardConv", "BatchNormConv", "Scripted"}
+    assert helpers == {"Mlp", "StandardConv", "BatchNormConv", "Scripted", "JoinedByWidth"}
     assert len(CASES) >= 180
     assert case_table.CASES is CASES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 
 from lightning_prune.structure import PruningPlan, choose, load_slim, prove, prune_, save_slim, trace
 from lightning_prune.structure.elastic import Elastic, loosen_
+from tests.structure.cases import CASES
 from tests.structure.oracle import leaves, randomise_
 
 
@@ -253,6 +255,42 @@ def test_a_failure_leaves_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
         prune_(model, plan)
     assert not any(isinstance(module, Elastic) for module in model.modules())
     torch.testing.assert_close(model(IMAGES), expected)
+
+
+def gpt() -> nn.Module:
+    """Attention of a foreign class: Python asks for the embedding's width where the heads are joined."""
+    torch.manual_seed(0)
+    return CASES["JoinedInView"].build().eval()
+
+
+def test_foreign_attention_joins_what_is_left(tmp_path: Path) -> None:
+    model, x = gpt(), torch.randn(3, 5, 12)
+    graph = trace(model, x)
+    assert graph.joined == ("attend", "again")
+    plan = graph.plan({"attend.qkv": (1, 3), "embed": (0,)})
+    assert plan.joined == ("again", "attend")
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    assert prove(model, plan, x).error < 1e-8
+    prune_(model, plan)
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.export.export(model, (x,)).module()):
+        torch.testing.assert_close(twin(x), expected)
+    save_slim(model, tmp_path / "slim.safetensors", plan)
+    fresh = gpt()
+    load_slim(tmp_path / "slim.safetensors", fresh)
+    torch.testing.assert_close(fresh(x), expected)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    again = choose(trace(model, x), 0.5, scope="all")
+    assert again.joined == () and prove(model, again, x).error < 1e-8
+
+
+def test_nobody_joins_without_need() -> None:
+    graph = trace(gpt(), torch.randn(3, 5, 12))
+    assert graph.plan({}).joined == ()
+    assert trace(swin(), IMAGES).joined == ()
+    old = {key: value for key, value in json.loads(graph.plan({"embed": (0,)}).to_json()).items() if key != "joined"}
+    assert PruningPlan.from_json(json.dumps(old)).joined == ()
 
 
 class OwnForward(nn.MultiheadAttention):

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lightning_prune.structure.call import Call
-from lightning_prune.structure.knowledge import HEAD_WIDTHS, HEADS
 from lightning_prune.structure.labels import Axes, Axis, Ints
+from lightning_prune.structure.numbers import HEAD_WIDTHS, HEADS
 from lightning_prune.structure.rules.registry import couple, fixed, positive, rule, spread, together
 
 FIXED_PARTNER = "stand beside positions that are fixed"
