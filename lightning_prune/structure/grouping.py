@@ -60,6 +60,9 @@ def _groups(known: Knowledge, solution: Solution) -> list[ChannelGroup]:
             )
             continue
         table = atoms[starts[which][:, None] + np.arange(counts[which[0]])]
+        if not any(known.roles.get(dim) for dim in ids[table[0]].tolist()):
+            solution.reasons.update(dict.fromkeys(classes[which].tolist(), "They are places in a table, no channels."))
+            continue
         marks = {mark for mark, roots in marked.items() if roots.intersection(classes[which].tolist())}
         groups.append(_group(known, table, ids, marks))
     return groups

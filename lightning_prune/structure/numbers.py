@@ -42,20 +42,20 @@ class Fault(NamedTuple):
 def answer(known: Knowledge, faults: Iterable[Fault]) -> None:
     """Let a module's numbers follow, or let it join what is left; what has been tried in vain is pinned."""
     taken: dict[str, Ints] = {}
-    joined: set[str] = set()
+    joined: dict[str, bool] = {}
     for fault in faults:
         new = {key: labels for labels in fault.guilty for key in _untried(known, fault.where, labels.size)}
         if new:
             taken = {**new, **taken}
         elif fault.joins and fault.where not in known.joined and can_join(known.model, fault.where):
-            joined.add(fault.where)
+            joined[fault.where] = True
         else:
             for labels in fault.guilty:
                 known.labels.pin(labels, fault.reason)
             if fault.joins and known.joined.get(fault.where):
                 known.joined[fault.where] = False
     known.sizes.update(taken)
-    known.joined.update(dict.fromkeys(joined, True))
+    known.joined.update(joined)
 
 
 def joining(known: Knowledge) -> tuple[str, ...]:

@@ -195,15 +195,21 @@ def attention(call: Call) -> list[Axes]:
         call.pin(q[-1], "set the scale of an attention")
         call.pin(k[-1], "set the scale of an attention")
     contract(call, q[-1], k[-1], weighted=False)
-    mask = call.arg(3, "attn_mask")
-    for axis in (k[-2], v[-2], *(call.axes(mask) if mask is not None else ())):
+    mask: Tensor | None = call.arg(3, "attn_mask")
+    seen = () if mask is None else call.axes(mask)
+    for axis in (k[-2], v[-2], *seen[-2:]):
         call.pin(axis, "are what an attention looks at")
     if call.kwargs.get("enable_gqa"):
         call.pin((*q[:-2], *k[:-2], *v[:-2]), "are heads that share keys")
-    batch = [
-        together(call, list(along), bool(along[2] and along[2].vanishes), FIXED_PARTNER)
-        for along in zip(q[:-2], k[:-2], v[:-2], strict=True)
-    ]
+    batch = []
+    for back in range(query.dim(), 2, -1):
+        along = [q[-back], k[-back], v[-back]]
+        if mask is not None and mask.dim() >= back and mask.shape[-back] == query.shape[-back]:
+            along.append(seen[-back])
+        elif mask is not None and mask.dim() >= back:
+            call.pin(seen[-back], "are stretched over another dim")
+        zero = bool(along[2] and along[2].vanishes)
+        batch.append(together(call, along, zero, FIXED_PARTNER))
     _bind(call, batch)
     return [(*batch, *shifted(q[-2:-1]), v[-1])]
 
