@@ -326,7 +326,13 @@ def loosen_(model: nn.Module, joined: Iterable[str] = ()) -> nn.Module:
 def can_join(model: nn.Module, name: str) -> bool:
     """Whether this part of a model (not the whole) has a class whose forward a twin can run."""
     module = submodule(model, name)
-    return bool(name) and not isinstance(module, (Elastic, torch.jit.ScriptModule)) and "forward" not in vars(module)
+    if not name or isinstance(module, (Elastic, torch.jit.ScriptModule)) or "forward" in vars(module):
+        return False
+    try:
+        _make(Joined, type(module))
+    except Exception:  # a class may object to subclasses in any words
+        return False
+    return True
 
 
 def outgrown(model: nn.Module, joined: Iterable[str]) -> Iterator[tuple[nn.Module, type[nn.Module]]]:

@@ -20,6 +20,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from lightning_prune.structure import PruningPlan, choose, load_slim, prove, prune_, save_slim, trace
 from lightning_prune.structure.elastic import Elastic, loosen_
 from tests.structure.cases import CASES
+from tests.structure.cases_heads import JoinedByWidth
 from tests.structure.oracle import leaves, randomise_
 
 
@@ -283,6 +284,18 @@ def test_foreign_attention_joins_what_is_left(tmp_path: Path) -> None:
     torch.testing.assert_close(compiled(x), expected)
     again = choose(trace(model, x), 0.5, scope="all")
     assert again.joined == () and prove(model, again, x).error < 1e-8
+
+
+def test_a_class_that_allows_no_subclass_keeps_its_heads() -> None:
+    class Final(JoinedByWidth):
+        def __init_subclass__(cls) -> None:
+            raise NotImplementedError("This is the last one.")
+
+    model: Any = gpt()
+    model.attend = Final("deit")
+    graph = trace(model, torch.randn(3, 5, 12))
+    assert graph.joined == ("again",)
+    assert "reshape (attend) fails" in graph.pinned["attend.qkv"]
 
 
 def test_nobody_joins_without_need() -> None:
