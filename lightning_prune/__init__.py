@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         TPPSchedule,
     )
     from lightning_prune.structure import (
+        Budget,
         ChannelGraph,
         ChannelGroup,
         Flow,
@@ -71,7 +72,7 @@ _HOMES = {
         *("ASCPSchedule", "GReg1Schedule", "GReg2Schedule", "MaskSparsityStrength", "TPPSchedule"),
     ),
     "lightning_prune.structure": (
-        *("ChannelGraph", "ChannelGroup", "Flow", "Proof", "PruningPlan", "SparsityPlan"),
+        *("Budget", "ChannelGraph", "ChannelGroup", "Flow", "Proof", "PruningPlan", "SparsityPlan"),
         *("choose", "choose_weights", "load_slim", "prove", "prune_", "register_rule"),
         *("save_slim", "trace"),
     ),
@@ -81,6 +82,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "ASCP",
     "ASCPSchedule",
+    "Budget",
     "ChannelGraph",
     "ChannelGroup",
     "ConfigurationError",

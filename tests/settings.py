@@ -17,7 +17,7 @@ from lightning_prune.callbacks.magnitude import Magnitude
 from lightning_prune.callbacks.mask_sparsity import MaskSparsity
 from lightning_prune.callbacks.tpp import TPP
 from lightning_prune.schedules import ASCPSchedule, GReg1Schedule, GReg2Schedule, TPPSchedule
-from lightning_prune.structure import masked_state, trace
+from lightning_prune.structure import Budget, masked_state, trace
 from tests.callbacks.nets import conv_net
 
 EPOCHS = 3
@@ -186,6 +186,11 @@ class Setting:
         return self.method(**{"ratio": 0.5, **self.arguments, **changes})
 
 
+def by(**budget: Any) -> dict[str, Any]:
+    """A budget instead of a ratio; half of :func:`uneven` has 0.275 of its MACs and 0.29 of its parameters."""
+    return {"ratio": None, "budget": Budget(**budget)}
+
+
 GROWTH1 = GReg1Schedule(0.1, 0.8, 2, 5, stop_ratio=None)
 GROWTH2 = GReg2Schedule(0.02, 0.06, 0.1, 0.56, 2, 4, kept=-0.01, stop_ratio=None)
 GROWTH_TPP = TPPSchedule(0.1, 0.8, 2, 3, gram=2.0, zero_every=1)
@@ -203,13 +208,23 @@ SETTINGS = {
         ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5, "finish": "centripetal"}, apart, exact=True
     ),
     "ascp without a pull": Setting(ASCP, {"schedule": LATE, "cluster": "ward"}, exact=True),
+    "ascp, by a budget": Setting(
+        ASCP,
+        {**by(macs="6.5k"), "schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5},
+        apart,
+        exact=True,
+        net=uneven,
+    ),
     "greg1": Setting(GReg1, {"schedule": GROWTH1}, everything),
+    "greg1, by a budget": Setting(GReg1, {**by(macs=0.3), "schedule": GROWTH1}, everything, net=uneven),
     "greg1 as published": Setting(GReg1, {"schedule": GROWTH1, "coupled": False}, FILTERS),
     "greg1 on weights": Setting(GReg1, {"schedule": GROWTH1, "granularity": "weight"}, singly(), **SINGLE),
     "greg2": Setting(GReg2, {"schedule": GROWTH2}, with_kept(-0.01)),
+    "greg2, by a budget": Setting(GReg2, {**by(params=200), "schedule": GROWTH2}, with_kept(-0.01), net=uneven),
     "greg2 on weights": Setting(GReg2, {"schedule": GROWTH2, "granularity": "weight"}, singly(-0.01), **SINGLE),
     "magnitude": Setting(Magnitude, {"epochs": EPOCHS}),
     "magnitude in steps": Setting(Magnitude, {"epochs": EPOCHS, "steps": 3, "score": "l2"}),
+    "magnitude in steps, by a budget": Setting(Magnitude, {**by(params=0.3), "epochs": EPOCHS, "steps": 3}, net=uneven),
     "magnitude on weights": Setting(Magnitude, {"epochs": EPOCHS, "steps": 3, "granularity": "weight"}, **SINGLE),
     "mask_sparsity": Setting(MaskSparsity, {"epochs": EPOCHS}, absolute("weight", "bias"), exact=True),
     "mask_sparsity, in passes": Setting(
@@ -218,8 +233,8 @@ SETTINGS = {
     "mask_sparsity, scales alone": Setting(
         MaskSparsity, {"epochs": EPOCHS, "penalize_bias": False}, absolute("weight")
     ),
-    "mask_sparsity, by MACs": Setting(
-        MaskSparsity, {"ratio": None, "macs": 0.3, "epochs": EPOCHS}, absolute("weight", "bias"), exact=True, net=uneven
+    "mask_sparsity, by a budget": Setting(
+        MaskSparsity, {**by(macs=0.3), "epochs": EPOCHS}, absolute("weight", "bias"), exact=True, net=uneven
     ),
     "mask_sparsity, from the baseline": Setting(
         MaskSparsity,
@@ -235,6 +250,9 @@ SETTINGS = {
         net=unpadded,
     ),
     "tpp": Setting(TPP, {"schedule": GROWTH_TPP}, decorrelated(2.0, everything), exact=True),
+    "tpp, by a budget": Setting(
+        TPP, {**by(params="0.2k"), "schedule": GROWTH_TPP}, decorrelated(2.0, everything), exact=True, net=uneven
+    ),
     "tpp as published": Setting(
         TPP, {"schedule": GROWTH_TPP, "coupled": False}, decorrelated(2.0, PUBLISHED), exact=True
     ),

@@ -188,6 +188,21 @@ def test_flags_alone_add_pruning(module: str, capsys: pytest.CaptureFixture[str]
     assert "tells instances of one class apart in checkpoints and logs" in told and "--trainer.callbacks.ratio" in told
 
 
+def test_a_budget_is_previewed(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", f"{module}.net", "--model-args", '{"width": 32}', "--input", "2,1,8,8", "--json"]
+    assert main(["plan", *model, "--budget", '{"macs": 0.5}', "--round-to", "4"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert 0.45 < seen["cost_after"]["macs"] / seen["cost_before"]["macs"] <= 0.5
+    assert {row["after"] % 4 for row in seen["rows"]} == {0}
+    flags = ["--trainer.callbacks+=GReg1", "--trainer.callbacks.epochs=3", "--trainer.callbacks.budget.params=0.6"]
+    assert main(["plan", "-c", "base.yaml", *flags, "--trainer.callbacks+=StructuralPruning", "--json"]) == 0
+    out = capsys.readouterr().out
+    seen = json.loads(out[out.index("{") :])
+    assert 0.5 < seen["cost_after"]["parameters"] / seen["cost_before"]["parameters"] <= 0.6
+    assert main(["plan", *model, "--budget", '{"macs": 0.0001}']) == 1
+    assert "budget macs=0.0001 can't be reached" in capsys.readouterr().err
+
+
 def test_from_a_plan_to_onnx(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Model, plan, slim file, ONNX: a chain of commands."""
     import importlib

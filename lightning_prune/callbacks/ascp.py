@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_prune import structure
 from lightning_prune.callbacks.base import Regulariser
+from lightning_prune.callbacks.budgeting import refuse_all_but_one
 from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.callbacks.likeness import (
     average_state_,
@@ -31,6 +32,7 @@ from lightning_prune.clusters import churn, representatives
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import cluster_pull
 from lightning_prune.schedules import SHAPES, ASCPSchedule, Dynamics
+from lightning_prune.structure import Budget
 from lightning_prune.structure.plan import named_tensors, submodule
 
 METHODS = ("kmeans", "ward", "even", "imbalanced", "random")
@@ -64,6 +66,8 @@ class ASCP(Regulariser):
 
     Args:
         ratio: fraction of channels to remove, in (0, 1).
+        budget: instead of ``ratio`` what may be left of the network, such as ``{"macs": 0.5}``; see
+            :class:`~lightning_prune.Budget`.
         epochs: length of the soft stage; rate and freeze are derived for it.
         schedule: instead of ``epochs`` a record of constants; ``ASCPSchedule(200)`` is the published form.
         rate: shape of the growing rate, where ``epochs`` is given; ``None`` is ``"cosine"`` below 50 epochs, else
@@ -80,7 +84,7 @@ class ASCP(Regulariser):
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too, one partition for each.
-        round_to: kept widths are multiples of this.
+        round_to: kept widths are multiples of this; ``"auto"`` measures in the first batch what is fast on the device.
         start: epoch at which the soft stage begins.
         module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
         name: tells instances of one class apart in checkpoints and logs.
@@ -99,15 +103,15 @@ class ASCP(Regulariser):
     needs = "channels that can be merged"
 
     _labels: dict[str, Tensor]
-    _ratios: dict[str, float]
     _copied: dict[str, Tensor]
     _calls: RecentCalls
     _resumed: list[Any]
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         *,
+        budget: Budget | Mapping[str, Any] | None = None,
         epochs: int | None = None,
         schedule: ASCPSchedule | None = None,
         rate: Literal["exp", "linear", "cosine", "poly3", "const"] | None = None,
@@ -119,7 +123,7 @@ class ASCP(Regulariser):
         ratios: Mapping[str, float] | None = None,
         ignore: Sequence[str] = (),
         scope: Literal["inner", "all"] = "inner",
-        round_to: int = 1,
+        round_to: int | Literal["auto"] = 1,
         start: int = 0,
         module: str | None = None,
         name: str | None = None,
@@ -132,8 +136,10 @@ class ASCP(Regulariser):
         check(0 <= pull < float("inf"), f"pull={pull} must be a finite number of at least 0.")
         check(finish in ("plain", "centripetal"), f"finish={finish!r} must be 'plain' or 'centripetal'.")
         check(recalibrate >= 0, f"recalibrate={recalibrate} must be at least 0 samples.")
+        refuse_all_but_one(ratio=ratio, budget=budget)
         super().__init__(
             ratio,
+            budget=budget,
             ratios=ratios,
             ignore=ignore,
             scope=scope,
@@ -303,8 +309,8 @@ class ASCP(Regulariser):
         return copied
 
     def _count(self, name: str, epoch: int) -> int:
-        group, ratio = self._groups[name], self._ratios[name]
-        final = structure.kept_channels(group.size, ratio, unit=group.unit, round_to=self.round_to)
+        group, ratio = self._groups[name], self._shares[name]
+        final = structure.kept_channels(group.size, ratio, unit=group.unit, round_to=self.multiple)
         return self._rates.clusters(epoch, group.size, ratio, final)
 
     def _make_alike(self, tensors: Mapping[str, Tensor]) -> None:
@@ -331,8 +337,6 @@ class ASCP(Regulariser):
         self._calls = RecentCalls(self.recalibrate)
         self._calls.restore(self._resumed, next(iter(self._parameters.values())).device)
         self._resumed = []
-        ratios = structure.select(graph, self.ratio or 0.5, ratios=self.ratios, ignore=self.ignore, scope=self.scope)
-        self._ratios = {name: ratios[name] for name in self._groups}
         if all(self._count(name, self._rates.epochs) == group.size for name, group in self._groups.items()):
             raise ConfigurationError(
                 f"{self._label}: ratio={self.ratio} merges no channel; raise it or lower round_to."
@@ -345,7 +349,6 @@ class ASCP(Regulariser):
 
     def _leave(self) -> None:
         super()._leave()
-        self._ratios = {}
         self._copied = {}
         self._calls = RecentCalls(0)
 

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune import structure
 from lightning_prune.callbacks import ranks
+from lightning_prune.callbacks.budgeting import spend_together
 from lightning_prune.callbacks.dynamics import (
     dynamics_of,
     is_last_batch,
@@ -28,7 +30,9 @@ from lightning_prune.callbacks.questions import Method
 from lightning_prune.callbacks.targets import parameters_of
 from lightning_prune.callbacks.watching import PruningCallback, check, reading_state
 from lightning_prune.errors import ConfigurationError, PlanError
+from lightning_prune.structure import Outcome
 from lightning_prune.structure.bits import compact, from_plain, to_plain
+from lightning_prune.structure.multiples import fast_multiple
 
 __all__ = ["PHASES", "Method", "PruningCallback", "Regulariser", "check"]
 
@@ -147,6 +151,11 @@ class Regulariser(Method):
             f" {TRACE:g}; a longer sparse stage loses less."
         )
 
+    @property
+    def outcome(self) -> Outcome | None:
+        """What the budget asked for and what is left; ``None`` without one, or before its widths are known."""
+        return self._outcome
+
     def agreed(self, decide: Callable[[], Decision]) -> Decision:
         """Rank 0's decision, on every rank; where one of them can't decide, all raise."""
         trainer = None if self._fit is None else self._fit[0]()
@@ -264,6 +273,9 @@ class Regulariser(Method):
             "learning_rate": self._learning_rate,
             "picked": {name: to_plain(numbers) for name, numbers in self._picked.items()},
             "energy": None if self._energy is None else self._energy.cpu(),
+            "shares": dict(self._shares),
+            "multiple": self._multiple,
+            "outcome": None if self._outcome is None else asdict(self._outcome),
             "method": self.memory(),
         }
 
@@ -280,6 +292,9 @@ class Regulariser(Method):
             self._learning_rate = state_dict["learning_rate"]
             self._picked = {name: from_plain(numbers) for name, numbers in state_dict["picked"].items()}
             self._energy = state_dict["energy"]
+            self._shares = dict(state_dict["shares"])
+            self._multiple = state_dict["multiple"]
+            self._outcome = None if state_dict["outcome"] is None else Outcome(**state_dict["outcome"])
             self.remember(state_dict["method"])
 
     # The machinery.
@@ -327,6 +342,7 @@ class Regulariser(Method):
         self._grain.join(self, graph, self._label)
         others = [other for other in trainer.callbacks if isinstance(other, Regulariser) and other is not self]  # type: ignore[attr-defined]
         refuse_shared_groups(self._grain.sizes, [other._grain.sizes for other in others])
+        self._settle(trainer, graph)
         self._parameters = parameters_of(graph.model)
         self._aim(self._picked or {name: range(size) for name, size in self._grain.sizes.items()})
         if not self._targets:
@@ -334,6 +350,29 @@ class Regulariser(Method):
         self._keeper, holders = holders_of(self._targets, trainer.optimizers, self._label)
         self._decoupled = dynamics_of(self._keeper).decoupled
         self._handles += [optimizer.register_step_post_hook(self._stepped()) for optimizer in holders]
+
+    def _settle(self, trainer: Trainer, graph: structure.ChannelGraph) -> None:
+        """Which share of each group goes in the end: as the ratios say, or as a budget comes to."""
+        if self._shares or not self._groups:
+            return
+        if self.round_to == "auto":
+            self._multiple = self.agreed(lambda: fast_multiple(graph.model) if trainer.is_global_zero else 0)
+            rank_zero_info(f"{self._label}: round_to={self._multiple} is fast on this device.")
+        ratio = self.ratio or 0.5
+        chosen = structure.select(graph, ratio, ratios=self.ratios, ignore=self.ignore, scope=self.scope)
+        shares = {name: chosen[name] for name in self._groups}
+        if self.budget is not None:
+            # a method that ranks all channels itself asks again; whether the budget can be reached is known now
+            options: Any = {"round_to": self.multiple, "label": self._label}
+            found = spend_together(trainer, graph, self.budget, shares, self.ratios, **options)
+            if not self.ranks_all:
+                shares = {name: 1 - kept / self._groups[name].size for name, kept in found.kept.items()}
+                self._note(found.outcome)
+        self._shares = shares
+
+    def _note(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        rank_zero_info(f"{self._label}: {outcome}")
 
     def _enter(self, trainer: Trainer, completed: int) -> None:
         """Begin the sparse stage at the step that is about to be taken."""

@@ -14,14 +14,20 @@ from torch.utils import _pytree as pytree
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.ranks import on_first_rank, run_together
 from lightning_prune.errors import ProofError
-from lightning_prune.reports.batches import resized
 from lightning_prune.reports.cost import Cost, count_cost
 from lightning_prune.reports.latency import Latency, measure_latency
 from lightning_prune.reports.report import PruningReport
-from lightning_prune.structure import Plan, Proof, PruningPlan, SparsityPlan, prove
+from lightning_prune.structure import Outcome, Plan, Proof, PruningPlan, SparsityPlan, prove
+from lightning_prune.structure.batches import resized
 
 SAMPLES = 16
 """How much of a batch the proof looks at."""
+
+LONG_MS = 5.0
+"""Milliseconds of a forward pass from which on its time says something about widths."""
+
+PROMISED = 0.9
+"""Share of the speed-up by MACs that the clock should show."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -92,6 +98,8 @@ def conclude(
     seen: Examination,
     monitor: str | None,
     remarks: Sequence[str] = (),
+    budgets: Sequence[Outcome] = (),
+    round_to: int = 1,
 ) -> PruningReport | None:
     """Look at the network after surgery and write everything down, on rank 0. Every rank has to call it.
 
@@ -109,6 +117,7 @@ def conclude(
         if isinstance(decision.whole, SparsityPlan):
             zeros = sum(before - left for _, before, left in rows)
             cost, unit = replace(cost, parameters=cost.parameters - zeros), "weights"
+        odd_widths = awkward(dense, slim, rows) if unit == "channels" else ()
         return PruningReport(
             layers=rows,
             unit=unit,
@@ -119,11 +128,37 @@ def conclude(
             monitor=monitor,
             error=0.0 if seen.proof is None else seen.proof.error,
             tolerance=0.0 if seen.proof is None else seen.proof.tolerance,
+            round_to=round_to,
+            budgets=tuple(_counted(outcome, cost) for outcome in budgets),
             renormalised=decision.whole.renormalised if isinstance(decision.whole, PruningPlan) else (),
-            warnings=tuple(dict.fromkeys((*remarks, *dense.warnings, *slim.warnings))),
+            warnings=tuple(dict.fromkeys((*remarks, *dense.warnings, *slim.warnings, *odd_widths))),
         )
 
     return on_first_rank(trainer, write_down)
+
+
+def awkward(dense: Look, slim: Look, rows: Sequence[tuple[str, int, int]]) -> tuple[str, ...]:
+    """One sentence where odd widths keep a network slower than its MACs promise; none where that can't be told.
+
+    It can't on forward passes of less than 5 ms, which are mostly overhead.
+    """
+    odd = sum(after % 8 != 0 for _, _, after in rows)
+    for before, after in zip(dense.latency, slim.latency, strict=False):
+        if not (dense.cost.macs and slim.cost.macs) or before.median_ms < LONG_MS or odd <= len(rows) / 2:
+            continue
+        promised, measured = dense.cost.macs / slim.cost.macs, before.median_ms / after.median_ms
+        if measured < PROMISED * promised:
+            return (
+                f"{odd} of {len(rows)} widths are no multiples of 8, and at batch {before.batch} the slim network is"
+                f" {measured:.2f}x as fast where its MACs promise {promised:.2f}x: round_to=8 or 'auto' may be faster.",
+            )
+    return ()
+
+
+def _counted(outcome: Outcome, cost: Cost) -> Outcome:
+    """The outcome of a budget by the counts of the report; what isn't counted stays as it was foretold."""
+    found = {"macs": cost.macs, "params": cost.parameters}.get(outcome.quantity)
+    return outcome if found is None else replace(outcome, reached=float(found))
 
 
 def _rows(plan: Plan) -> list[tuple[str, int, int]]:

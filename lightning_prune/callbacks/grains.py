@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
-from torch import Tensor
 
 from lightning_prune import structure
 from lightning_prune.callbacks.joining import taking_part
@@ -15,7 +14,8 @@ from lightning_prune.callbacks.targets import Target, aim
 from lightning_prune.callbacks.watching import check
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.bits import mask_of
-from lightning_prune.structure.choice import value_of
+from lightning_prune.structure.choice import smallest, value_of
+from lightning_prune.structure.plan import named_tensors
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.questions import Method
@@ -51,9 +51,7 @@ class Grain(ABC):
         """One target per parameter that has any of the numbers in it."""
 
     @abstractmethod
-    def smallest(
-        self, method: Method, graph: structure.ChannelGraph, ratio: float, score: str, share: float, seed: int
-    ) -> Numbers:
+    def smallest(self, method: Method, graph: structure.ChannelGraph, score: str, share: float, seed: int) -> Numbers:
         """What has the least score in every group; see :meth:`Method.smallest`."""
 
 
@@ -81,25 +79,12 @@ class Channels(Grain):
         """See :class:`Grain`."""
         return aim(numbers, self._groups, method.reach, method._parameters)
 
-    def smallest(
-        self, method: Method, graph: structure.ChannelGraph, ratio: float, score: str, share: float, seed: int
-    ) -> Numbers:
+    def smallest(self, method: Method, graph: structure.ChannelGraph, score: str, share: float, seed: int) -> Numbers:
         """See :class:`Grain`."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def worth(group: structure.ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:
-            mine = group.name in self._groups
-            return value_of(group, tensors, score, generator) if mine else torch.zeros(group.size)
-
-        return structure.pick(
-            graph,
-            ratio * share,
-            score=worth,
-            ratios=_shared(method, share),
-            ignore=method.ignore,
-            scope=method.scope,
-            round_to=method.round_to,
-        )
+        generator, tensors = torch.Generator().manual_seed(seed), named_tensors(graph.model)
+        values = {name: value_of(group, tensors, score, generator) for name, group in self._groups.items()}
+        shares = {name: method._shares[name] * share for name in values}
+        return smallest(self._groups.values(), shares, values, round_to=method.multiple)
 
 
 @final
@@ -134,12 +119,11 @@ class Weights(Grain):
             targets.append(Target(parameter, {name: torch.empty_like(parameter, requires_grad=False).copy_(mask)}))
         return targets
 
-    def smallest(
-        self, method: Method, graph: structure.ChannelGraph, ratio: float, score: str, share: float, seed: int
-    ) -> Numbers:
+    def smallest(self, method: Method, graph: structure.ChannelGraph, score: str, share: float, seed: int) -> Numbers:
         """See :class:`Grain`."""
         # as they were in the beginning: a layer that has been frozen since takes part all the same
-        layers, ratios = self._graph or weight_graph(graph), _shared(method, share)
+        layers, ratio = self._graph or weight_graph(graph), method.ratio or 0.5
+        ratios = {pattern: value * share for pattern, value in (method.ratios or {}).items()}
         return structure.pick_weights(
             layers, ratio * share, score=score, ratios=ratios, ignore=method.ignore, seed=seed
         )
@@ -158,7 +142,3 @@ def refuse_for_weights(granularity: str, argument: str, value: object, usual: ob
 def weight_graph(graph: structure.ChannelGraph) -> structure.WeightGraph:
     """The single weights of a traced model."""
     return structure.weights_of(graph.model, graph.root)
-
-
-def _shared(method: Method, share: float) -> dict[str, float]:
-    return {pattern: value * share for pattern, value in (method.ratios or {}).items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import structure
+from lightning_prune.callbacks.budgeting import refuse_all_but_one
 from lightning_prune.callbacks.grains import refuse_for_weights
 from lightning_prune.callbacks.growing import Growing, constants
 from lightning_prune.callbacks.inject import Penalty
@@ -24,6 +25,7 @@ from lightning_prune.schedules import (
     GReg2Schedule,
 )
 from lightning_prune.scores import l1
+from lightning_prune.structure import Budget
 
 
 class _Measure(NamedTuple):
@@ -213,6 +215,8 @@ class GReg1(_GReg):
 
     Args:
         ratio: fraction of channels, or of each layer's weights, to remove, in (0, 1).
+        budget: instead of ``ratio`` what may be left of the network, such as ``{"macs": 0.5}``; see
+            :class:`~lightning_prune.Budget`.
         epochs: length of the sparse stage; growth and hold are derived for this trainer's optimiser and steps.
         schedule: instead of ``epochs`` the constants in optimiser steps, or the published ones: ``"cifar"``,
             ``"imagenet"`` (made for a learning rate of 1e-3).
@@ -222,7 +226,7 @@ class GReg1(_GReg):
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
-        round_to: kept widths are multiples of this.
+        round_to: kept widths are multiples of this; ``"auto"`` measures in the first batch what is fast on the device.
         granularity: ``"channel"``, or ``"weight"``: the fraction of least absolute weight goes in every convolution,
             linear layer and their like, each weight by itself; ``coupled``, ``scope``, ``round_to`` and the
             schedule's early stop say nothing about those.
@@ -243,22 +247,25 @@ class GReg1(_GReg):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         *,
+        budget: Budget | Mapping[str, Any] | None = None,
         epochs: int | None = None,
         schedule: GReg1Schedule | Literal["cifar", "imagenet"] | None = None,
         coupled: bool = True,
         ratios: Mapping[str, float] | None = None,
         ignore: Sequence[str] = (),
         scope: Literal["inner", "all"] = "inner",
-        round_to: int = 1,
+        round_to: int | Literal["auto"] = 1,
         granularity: Literal["channel", "weight"] = "channel",
         start: int = 0,
         module: str | None = None,
         name: str | None = None,
     ) -> None:
+        refuse_all_but_one(ratio=ratio, budget=budget)
         super().__init__(
             ratio,
+            budget=budget,
             ratios=ratios,
             ignore=ignore,
             scope=scope,
@@ -295,6 +302,8 @@ class GReg2(_GReg):
 
     Args:
         ratio: fraction of channels, or of each layer's weights, to remove, in (0, 1).
+        budget: instead of ``ratio`` what may be left of the network, such as ``{"macs": 0.5}``; see
+            :class:`~lightning_prune.Budget`.
         epochs: length of the sparse stage; pick, growth and hold are derived for this trainer's optimiser and steps.
         schedule: instead of ``epochs`` the constants in optimiser steps, or the published ones: ``"cifar"``,
             ``"imagenet"`` (made for a learning rate of 1e-3).
@@ -302,7 +311,7 @@ class GReg2(_GReg):
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
-        round_to: kept widths are multiples of this.
+        round_to: kept widths are multiples of this; ``"auto"`` measures in the first batch what is fast on the device.
         granularity: ``"channel"``, or ``"weight"``: the fraction of least absolute weight goes in every convolution,
             linear layer and their like, each weight by itself; ``coupled``, ``scope``, ``round_to`` and the
             schedule's early stop say nothing about those.
@@ -324,22 +333,25 @@ class GReg2(_GReg):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         *,
+        budget: Budget | Mapping[str, Any] | None = None,
         epochs: int | None = None,
         schedule: GReg2Schedule | Literal["cifar", "imagenet"] | None = None,
         coupled: bool = True,
         ratios: Mapping[str, float] | None = None,
         ignore: Sequence[str] = (),
         scope: Literal["inner", "all"] = "inner",
-        round_to: int = 1,
+        round_to: int | Literal["auto"] = 1,
         granularity: Literal["channel", "weight"] = "channel",
         start: int = 0,
         module: str | None = None,
         name: str | None = None,
     ) -> None:
+        refuse_all_but_one(ratio=ratio, budget=budget)
         super().__init__(
             ratio,
+            budget=budget,
             ratios=ratios,
             ignore=ignore,
             scope=scope,

@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 
 from lightning_prune import structure
 from lightning_prune.callbacks.base import Regulariser
+from lightning_prune.callbacks.budgeting import refuse_all_but_one
 from lightning_prune.callbacks.targets import zero_out_
 from lightning_prune.callbacks.watching import check
+from lightning_prune.structure import Budget
 from lightning_prune.structure.choice import SCORES, WEIGHT_SCORES
 
 
@@ -30,6 +32,8 @@ class Magnitude(Regulariser):
 
     Args:
         ratio: fraction of channels, or of each layer's weights, to remove, in (0, 1).
+        budget: instead of ``ratio`` what may be left of the network, such as ``{"macs": 0.5}``; see
+            :class:`~lightning_prune.Budget`.
         score: ``"l1"`` (mean absolute weight), ``"l2"`` (root mean square), ``"bn_scale"`` (absolute scale of the
             norm), or ``"random"``.
         steps: parts in which channels go, at most one per epoch of the stage.
@@ -37,7 +41,7 @@ class Magnitude(Regulariser):
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
-        round_to: kept widths are multiples of this.
+        round_to: kept widths are multiples of this; ``"auto"`` measures in the first batch what is fast on the device.
         granularity: ``"channel"``, or ``"weight"``: of every convolution, linear layer and their like the fraction of
             least absolute weight is set to zero and stays there; ``scope``, ``round_to`` and ``"bn_scale"`` say
             nothing about those.
@@ -59,23 +63,26 @@ class Magnitude(Regulariser):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         *,
+        budget: Budget | Mapping[str, Any] | None = None,
         score: Literal["l1", "l2", "bn_scale", "random"] = "l1",
         steps: int = 1,
         seed: int = 0,
         ratios: Mapping[str, float] | None = None,
         ignore: Sequence[str] = (),
         scope: Literal["inner", "all"] = "inner",
-        round_to: int = 1,
+        round_to: int | Literal["auto"] = 1,
         granularity: Literal["channel", "weight"] = "channel",
         start: int = 0,
         epochs: int = 1,
         module: str | None = None,
         name: str | None = None,
     ) -> None:
+        refuse_all_but_one(ratio=ratio, budget=budget)
         super().__init__(
             ratio,
+            budget=budget,
             ratios=ratios,
             ignore=ignore,
             scope=scope,

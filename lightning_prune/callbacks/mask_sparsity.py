@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal, final
 
 import torch
@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from lightning_prune import structure
 from lightning_prune.callbacks.base import Regulariser
+from lightning_prune.callbacks.budgeting import refuse_all_but_one, spend_together
 from lightning_prune.callbacks.dynamics import dynamics_of
 from lightning_prune.callbacks.folding import Fold, find_fold, fold_, refusal
 from lightning_prune.callbacks.inject import Penalty
-from lightning_prune.callbacks.mac_target import Search
-from lightning_prune.callbacks.masks import doomed_channels, rounded, scales_of
+from lightning_prune.callbacks.masks import doomed_channels, prices_of, rounded, scales_of
 from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.callbacks.restart import read_weights, restart_, weights_of
 from lightning_prune.callbacks.targets import Target, aim, parameters_of, zero_out_
@@ -27,7 +27,7 @@ from lightning_prune.callbacks.watching import check
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.penalties import masked_l1, soft_threshold_
 from lightning_prune.schedules import MASK_SPARSITY, Dynamics, MaskSparsityStrength
-from lightning_prune.structure.choice import matches
+from lightning_prune.structure import Budget
 from lightning_prune.structure.plan import layer_of, submodule
 
 HOLD = 0.2
@@ -84,8 +84,8 @@ class MaskSparsity(Regulariser):
     Args:
         ratio: fraction of channels to remove, in (0, 1); or
         threshold: absolute scale up to which a channel goes; at least one channel stays in every layer; or
-        macs: share of the network's MACs that may be left, in (0, 1): one threshold for all layers is found by
-            bisection; at least one channel stays in every layer.
+        budget: what may be left of the network, such as ``{"macs": 0.4}``: one threshold for the scales of all layers
+            is found by bisection; see :class:`~lightning_prune.Budget`.
         epochs: length of the sparse stage, global stage and hold included.
         global_epochs: epochs at the beginning of the sparse stage in which all scales are penalised.
         mask_at: epochs of the trainer at whose beginning the mask is made again, inside the masked stage.
@@ -101,17 +101,17 @@ class MaskSparsity(Regulariser):
         group_rule: how norms that share channels agree: by their mean absolute scale, or by vote.
         constants: ``"imagenet"`` or a record of your own instead of a strength derived for this stage; then there is no
             correction and no hold, as published.
-        ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone. Beside ``macs`` they hold as they are.
+        ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone. Beside a budget they hold as they are.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
-        round_to: kept widths are multiples of this.
+        round_to: kept widths are multiples of this; ``"auto"`` measures in the first batch what is fast on the device.
         start: epoch at which the sparse stage begins.
         module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
         name: tells instances of one class apart in checkpoints and logs.
 
     Raises:
-        ConfigurationError: an argument is out of its range, or not exactly one of ``ratio``, ``threshold`` and ``macs``
-            is given.
+        ConfigurationError: an argument is out of its range, or not exactly one of ``ratio``, ``threshold`` and
+            ``budget`` is given.
 
     Source: Jiang et al., Pruning-aware Sparse Regularization for Network Pruning, Machine Intelligence Research 2023,
     arXiv 2201.06776, and its published code.
@@ -122,6 +122,7 @@ class MaskSparsity(Regulariser):
 
     schedule_type = MaskStage
     needs = "a norm with scales"
+    ranks_all = True
 
     _record: MaskSparsityStrength
     _masked_at: int | None
@@ -139,7 +140,7 @@ class MaskSparsity(Regulariser):
         *,
         epochs: int,
         threshold: float | None = None,
-        macs: float | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
         global_epochs: int = 0,
         mask_at: Sequence[int] = (),
         passes: int = 1,
@@ -151,13 +152,15 @@ class MaskSparsity(Regulariser):
         ratios: Mapping[str, float] | None = None,
         ignore: Sequence[str] = (),
         scope: Literal["inner", "all"] = "inner",
-        round_to: int = 1,
+        round_to: int | Literal["auto"] = 1,
         start: int = 0,
         module: str | None = None,
         name: str | None = None,
     ) -> None:
+        refuse_all_but_one(ratio=ratio, threshold=threshold, budget=budget)
         super().__init__(
             ratio,
+            budget=budget,
             ratios=ratios,
             ignore=ignore,
             scope=scope,
@@ -167,10 +170,6 @@ class MaskSparsity(Regulariser):
             module=module,
             name=name,
         )
-        given = sum(value is not None for value in (ratio, threshold, macs))
-        check(given == 1, "Give exactly one of ratio=..., threshold=... and macs=....")
-        is_share = macs is None or (isinstance(macs, Real) and 0 < macs < 1)
-        check(is_share, f"macs={macs!r} must be a number strictly between 0 and 1: the share that is left.")
         check(restart_from is None or isinstance(restart_from, str), f"restart_from={restart_from!r} must be a string.")
         check(threshold is None or 0 < threshold < float("inf"), f"threshold={threshold} must be a positive scale.")
         check(threshold is None or not any((ratios or {}).values()), "With threshold=... ratios can only be 0.")
@@ -193,7 +192,6 @@ class MaskSparsity(Regulariser):
             f"constants={constants!r} must be 'imagenet' or a MaskSparsityStrength.",
         )
         self.threshold = threshold
-        self.macs = macs
         self.global_epochs = global_epochs
         self.mask_at = tuple(mask_at)
         self.passes = passes
@@ -253,7 +251,7 @@ class MaskSparsity(Regulariser):
         return int(schedule.pick_step) + 1
 
     def choose(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
-        """The channels of smallest scale: as many as the ratios say, all up to the threshold, or down to the MACs."""
+        """The channels of smallest scale: as many as the ratios say, all up to the threshold, or within the budget."""
         if self._chosen is not None:
             return self._chosen
         if self.passes > 1:
@@ -261,16 +259,16 @@ class MaskSparsity(Regulariser):
         scales = {name: scales_of(group, self._parameters) for name, group in self._groups.items()}
         for name, channels in self._emptied.items():
             scales[name][:, list(channels)] = 0  # which they are after the next step: nobody comes back
-        if self.macs is not None:
-            return self._within_macs(graph, scales) if self._run()[0].is_global_zero else {}
-        doomed = self._doomed(graph, scales)
+        if self.budget is not None:
+            return self._within(self.budget, graph, scales)
+        doomed = self._doomed(scales)
         small, total = sum(map(len, doomed.values())), sum(group.size for group in self._groups.values())
         if self.threshold is not None and small in (0, total):
             raise ConfigurationError(
                 f"{self._label}: {small} of {total} norm scales are at most threshold={self.threshold:g}; choose "
                 f"{'a larger' if small == 0 else 'a smaller'} one, or a ratio."
             )
-        return {name: rounded(self._groups[name], channels, self.round_to) for name, channels in doomed.items()}
+        return {name: rounded(self._groups[name], channels, self.multiple) for name, channels in doomed.items()}
 
     def foresee(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
         """Nothing where a threshold says it: nobody knows yet how small the scales will be."""
@@ -389,35 +387,37 @@ class MaskSparsity(Regulariser):
 
     # The mask.
 
-    def _doomed(self, graph: structure.ChannelGraph, scales: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    def _doomed(self, scales: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """Who goes by the ratios or the threshold, the smallest first."""
-        ratios = {pattern: self._so_far(ratio) for pattern, ratio in (self.ratios or {}).items()}
-        ratio = self._so_far(self.ratio or 0.5)
-        shares = structure.select(graph, ratio, ratios=ratios, ignore=self.ignore, scope=self.scope)
+        shares = {name: self._so_far(share) for name, share in self._shares.items()}
         counts = {n: group.size - structure.kept_channels(group.size, shares[n]) for n, group in self._groups.items()}
         rule = self.group_rule
         return {name: doomed_channels(scales[name], counts[name], self.threshold, rule) for name in self._groups}
 
-    def _within_macs(self, graph: structure.ChannelGraph, scales: Mapping[str, Tensor]) -> dict[str, list[int]]:
-        """As few channels as the MACs allow, beside those that have a ratio of their own."""
-        inputs = self.capture.inputs
-        if self.macs is None or inputs is None:
-            raise PlanError(f"{self._label} has seen no batch yet, on which it could count MACs.")
-        target = 1 - self._so_far(1 - self.macs)
-        own = [
-            name for name, group in self._groups.items() if any(matches(graph, group, key) for key in self.ratios or {})
-        ]
-        fixed = {name: channels for name, channels in self._doomed(graph, scales).items() if name in own}
-        free = {name: scale for name, scale in scales.items() if name not in own}
-        found, left = Search(graph, inputs, self._groups, fixed, free, self.group_rule, self.round_to).down_to(target)
-        counts = f"{sum(map(len, found.values()))} of {sum(group.size for group in self._groups.values())} channels"
-        rank_zero_info(f"{self._label}: without {counts} {left:.4g} of the network's MACs are left.")
-        return found
+    def _within(
+        self, budget: Budget, graph: structure.ChannelGraph, scales: Mapping[str, Tensor]
+    ) -> dict[str, list[int]]:
+        """As few channels as the budget allows, beside those that have a ratio of their own."""
+        shares = {name: self._so_far(share) for name, share in self._shares.items()}
+        prices = {name: prices_of(each, self.group_rule) for name, each in scales.items()}
+        options: Any = {"round_to": self.multiple, "progress": self._progress(), "label": self._label}
+        found = spend_together(self._run()[0], graph, budget, shares, self.ratios, prices, **options)
+        self._note(found.outcome)
+        gone = {name: self._groups[name].size - kept for name, kept in found.kept.items()}
+        counts = {name: max(count, len(self._emptied.get(name, ()))) for name, count in gone.items()}
+        return {name: sorted(doomed_channels(scales[name], counts[name], None, self.group_rule)) for name in counts}
 
     def _so_far(self, gone: float) -> float:
         """Share that goes up to the present pass, where so much goes in all: what is left falls by equal factors."""
-        begun = sum(pick <= (self._step or 0) for pick in self._schedule.picks) if self.passes > 1 else 1
-        return gone if begun >= self.passes else 1 - float((1 - gone) ** (max(1, begun) / self.passes))
+        progress = self._progress()
+        return gone if progress >= 1 else 1 - float((1 - gone) ** progress)
+
+    def _progress(self) -> float:
+        """Of the passes, which share has been begun."""
+        if self.passes == 1 or self._schedule is None:  # before the stage a preview wants to know the end
+            return 1.0
+        begun = sum(pick <= (self._step or 0) for pick in self._schedule.picks)
+        return float(min(1.0, max(1, begun) / self.passes))
 
     def _end_of_part(self) -> int:
         """The step before which the scales of the present mask should be gone."""

@@ -61,25 +61,22 @@ def rounded(group: ChannelGroup, doomed: Sequence[int], round_to: int) -> list[i
     return sorted(doomed[: group.size - kept])
 
 
-def ranked(scales: Mapping[str, Tensor], rule: Literal["mean", "vote"]) -> dict[str, Tensor]:
-    """The position of every scale in the ascending order of all of them, so that one number is a threshold for all.
+def prices_of(scales: Tensor, rule: Literal["mean", "vote"]) -> list[float]:
+    """The thresholds at which a group's first, second, ... channel goes, not falling.
 
-    Equal scales get different positions, in the order of the groups and channels.
+    Under ``"mean"`` the sorted mean scales; under ``"vote"`` those at which every norm would let so many go.
 
     Args:
-        scales: group name to absolute scales, shape ``(norms, C)``.
-        rule: under ``"mean"`` the norms of a group count as one, shape ``(1, C)``; under ``"vote"`` each counts.
+        scales: absolute scales, shape ``(norms, C)``.
+        rule: how the norms agree.
 
-    >>> ranked({"a": torch.tensor([[0.3, 0.1]]), "b": torch.tensor([[0.2, 0.9]])}, "mean")
-    {'a': tensor([[2., 0.]], dtype=torch.float64), 'b': tensor([[1., 3.]], dtype=torch.float64)}
+    >>> prices_of(torch.tensor([[3.0, 1.0, 2.0], [1.0, 5.0, 6.0]]), "mean")
+    [2.0, 3.0, 4.0]
+    >>> prices_of(torch.tensor([[3.0, 1.0, 2.0], [1.0, 5.0, 6.0]]), "vote")
+    [1.0, 5.0, 6.0]
     """
-    tables = {name: each.mean(dim=0, keepdim=True) if rule == "mean" else each for name, each in scales.items()}
-    if not tables:
-        return {}
-    everything = torch.cat([table.flatten() for table in tables.values()])
-    places = everything.argsort(stable=True).argsort().double()
-    parts = places.split([table.numel() for table in tables.values()])
-    return {name: part.view_as(tables[name]) for name, part in zip(tables, parts, strict=True)}
+    prices = scales.mean(dim=0).sort().values if rule == "mean" else scales.sort(dim=1).values.amax(dim=0)
+    return [float(price) for price in prices]
 
 
 def scales_of(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> Tensor:

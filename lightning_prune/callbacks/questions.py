@@ -22,6 +22,7 @@ from lightning_prune.callbacks.targets import Target, squared_norm
 from lightning_prune.callbacks.watching import PruningCallback, check
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Dynamics
+from lightning_prune.structure import Budget, Outcome
 
 
 class Method(PruningCallback):
@@ -34,10 +35,11 @@ class Method(PruningCallback):
 
     Args:
         ratio: fraction of channels to remove, in (0, 1); ``None`` where the method decides by something else.
+        budget: instead of a ratio what may be left of the network, see :class:`~lightning_prune.Budget`.
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
-        round_to: kept widths are multiples of this.
+        round_to: kept widths are multiples of this; ``"auto"`` measures what is fast on the device.
         granularity: ``"channel"``, or ``"weight"`` where the method can remove single weights.
         start: epoch at whose first batch the sparse stage begins.
         epochs: length of the sparse stage; at the end of epoch ``start + epochs - 1`` the regulariser is ready.
@@ -54,12 +56,19 @@ class Method(PruningCallback):
     needs: str = "channels"
     """What a group must have to suit the method, in the words of its errors."""
 
+    ranks_all: bool = False
+    """Whether the method itself ranks the channels of all groups together, so that a budget becomes widths only then;
+    by default one ratio holds for all groups, and the widths are known in the first batch."""
+
     collapses: bool = True
     """Whether the channels that go are meant to be next to nothing before surgery; where not, nobody is warned."""
 
     _grain: Grain  # what is counted in, and what of it takes part
     _parameters: dict[str, nn.Parameter]  # of the pruned module, by every name
     _targets: list[Target]  # what `reach` covers of the picked channels; of all while none is picked
+    _shares: dict[str, float]  # of each group that takes part, which goes in the end
+    _outcome: Outcome | None  # of the budget
+    _multiple: int  # that round_to="auto" has found; 0 before
     _picked: dict[str, Sequence[int]]
     _schedule: Any  # what `begin` returned
     _step: int | None  # of the sparse stage, the one being taken
@@ -73,10 +82,11 @@ class Method(PruningCallback):
         self,
         ratio: float | None,
         *,
+        budget: Budget | Mapping[str, Any] | None = None,
         ratios: Mapping[str, float] | None = None,
         ignore: Sequence[str] = (),
         scope: str = "inner",
-        round_to: int = 1,
+        round_to: int | str = 1,
         granularity: str = "channel",
         start: int = 0,
         epochs: int | None = None,
@@ -86,7 +96,8 @@ class Method(PruningCallback):
         super().__init__(module)
         check(ratio is None or isinstance(ratio, Real), f"ratio={ratio!r} must be a number.")
         for argument, number in (("round_to", round_to), ("start", start), ("epochs", epochs)):
-            is_whole = isinstance(number, Integral) or (number is None and argument == "epochs")
+            usual = {"round_to": "auto", "epochs": None}
+            is_whole = isinstance(number, Integral) or (argument in usual and number == usual[argument])
             check(is_whole, f"{argument}={number!r} must be a whole number.")
         check(ratio is None or 0 < ratio < 1, f"ratio={ratio} must lie strictly between 0 and 1.")
         for pattern, value in (ratios or {}).items():
@@ -94,13 +105,16 @@ class Method(PruningCallback):
             check(0 <= value < 1, f"ratios[{pattern!r}]={value} must lie in [0, 1).")
         check(not isinstance(ignore, str), f"ignore={ignore!r} must be a list of patterns.")
         check(scope in ("inner", "all"), f"scope={scope!r} must be 'inner' or 'all'.")
-        check(round_to >= 1, f"round_to={round_to} must be at least 1 channel.")
+        check(isinstance(round_to, str) or round_to >= 1, f"round_to={round_to} must be at least 1 channel.")
         check(granularity in GRAINS, f"granularity={granularity!r} must be one of {', '.join(GRAINS)}.")
+        refuse_for_weights(granularity, "budget", budget, None)
         refuse_for_weights(granularity, "scope", scope, "inner")
         refuse_for_weights(granularity, "round_to", round_to, 1)
         check(start >= 0, f"start={start} must be at least 0 epochs.")
         check(epochs is None or epochs >= 1, f"epochs={epochs} must be at least 1, or None.")
+        check(ratio is None or budget is None, "Give a ratio or a budget, not both.")
         self.ratio = ratio
+        self.budget = Budget.of(budget)
         self.ratios = dict(ratios) if ratios else None
         self.ignore = tuple(ignore)
         self.scope = scope
@@ -123,6 +137,7 @@ class Method(PruningCallback):
         ratios = sorted((self.ratios or {}).items())
         return self._generate_state_key(
             ratio=self.ratio,
+            budget=None if self.budget is None else str(self.budget),
             ratios=ratios,
             ignore=list(self.ignore),
             scope=self.scope,
@@ -261,10 +276,15 @@ class Method(PruningCallback):
             share: of the ratios, in (0, 1].
             seed: of ``score="random"``.
         """
-        if self.ratio is None:
-            raise ConfigurationError("Without ratio=... a method has to choose its channels itself.")
-        chosen = self._grain.smallest(self, graph, self.ratio, score, share, seed)
+        if self.ratio is None and self.budget is None:
+            raise ConfigurationError("Without a ratio or a budget a method has to choose its channels itself.")
+        chosen = self._grain.smallest(self, graph, score, share, seed)
         return {name: numbers for name, numbers in chosen.items() if name in self._grain.sizes}
+
+    @property
+    def multiple(self) -> int:
+        """What kept widths are multiples of; with ``round_to="auto"`` known from the first batch on, before that 1."""
+        return max(1, self._multiple) if isinstance(self.round_to, str) else self.round_to
 
     def learning_rate_share(self) -> float:
         """Learning rate now over the one that a derived schedule was made for, at least a tenth.
@@ -301,6 +321,9 @@ class Method(PruningCallback):
         self._schedule = None
         self._strength = 0.0
         self._learning_rate = None
+        self._shares = {}
+        self._outcome = None
+        self._multiple = 0
         self._picked = {}
         self._energy = None
         self._remaining = torch.ones(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from lightning_prune.callbacks.ranks import agreed, run_together
 from lightning_prune.callbacks.watching import PruningCallback, reading_state
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.report import PruningReport
-from lightning_prune.structure import Plan
+from lightning_prune.structure import Outcome, Plan
 from lightning_prune.structure.plan import submodule
 from lightning_prune.structure.replica import replica
 
@@ -117,6 +118,7 @@ class StructuralPruning(PruningCallback):
         self._averaged = False  # before surgery, and by a schedule that ended there
         self._is_late = False
         self._remainders: list[str] = []
+        self._budgets: list[Outcome] = []
         self._dense: nn.Module | None = None
         self._columns = AccuracyColumns(self.monitor)
         self._report: PruningReport | None = None
@@ -224,6 +226,7 @@ class StructuralPruning(PruningCallback):
         self._remainders = [sentence for sentence in said if sentence is not None]
         for sentence in self._remainders:
             rank_zero_warn(sentence)
+        self._budgets = [partner.outcome for partner in self._partners if partner.outcome is not None]
         held = held_parameters(trainer, pl_module)
         operate_(trainer, pl_module, decision.module, decision.plan)
         self._decision, self._done = decision, True
@@ -270,7 +273,9 @@ class StructuralPruning(PruningCallback):
         if self._decision is None:
             return
         network = submodule(pl_module, self._decision.module)
-        self._report = conclude(trainer, network, self._decision, inputs, seen, self.monitor, tuple(self._remainders))
+        multiple = math.gcd(*(partner.multiple for partner in self._partners))
+        rest = self.monitor, tuple(self._remainders), tuple(self._budgets), multiple
+        self._report = conclude(trainer, network, self._decision, inputs, seen, *rest)
         self._publish(trainer)
         if self._report is not None and trainer.is_global_zero:
             self._publisher.show(self._report)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune import structure
+from lightning_prune.callbacks.budgeting import refuse_all_but_one
 from lightning_prune.callbacks.growing import Growing, constants
 from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.callbacks.targets import Target, aim, zero_out_
 from lightning_prune.callbacks.watching import check
 from lightning_prune.penalties import gram_decorrelation, weighted_l2
 from lightning_prune.schedules import TPP_CIFAR, TPP_IMAGENET, Dynamics, TPPSchedule
+from lightning_prune.structure import Budget
 
 
 @final
@@ -35,6 +37,8 @@ class TPP(Growing):
 
     Args:
         ratio: fraction of channels to remove, in (0, 1).
+        budget: instead of ``ratio`` what may be left of the network, such as ``{"macs": 0.5}``; see
+            :class:`~lightning_prune.Budget`.
         epochs: length of the sparse stage; growth and hold are derived for this trainer's optimiser and steps.
         schedule: instead of ``epochs`` the constants in optimiser steps, or the published ones: ``"cifar"``,
             ``"imagenet"`` (made for a learning rate of 1e-3).
@@ -47,7 +51,7 @@ class TPP(Growing):
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
         ignore: name patterns of layers to leave alone.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
-        round_to: kept widths are multiples of this.
+        round_to: kept widths are multiples of this; ``"auto"`` measures in the first batch what is fast on the device.
         start: epoch at which the sparse stage begins and the channels are picked.
         module: name of the pruned module inside the LightningModule; ``None`` finds it in the first training batch.
         name: tells instances of one class apart in checkpoints and logs.
@@ -74,8 +78,9 @@ class TPP(Growing):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         *,
+        budget: Budget | Mapping[str, Any] | None = None,
         epochs: int | None = None,
         schedule: TPPSchedule | Literal["cifar", "imagenet"] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
@@ -84,13 +89,15 @@ class TPP(Growing):
         ratios: Mapping[str, float] | None = None,
         ignore: Sequence[str] = (),
         scope: Literal["inner", "all"] = "inner",
-        round_to: int = 1,
+        round_to: int | Literal["auto"] = 1,
         start: int = 0,
         module: str | None = None,
         name: str | None = None,
     ) -> None:
+        refuse_all_but_one(ratio=ratio, budget=budget)
         super().__init__(
             ratio,
+            budget=budget,
             ratios=ratios,
             ignore=ignore,
             scope=scope,

@@ -62,10 +62,11 @@ def _plan(found: Any) -> None:
     _add_model(plan, required=False)
     _add_input(plan, required=False)
     choice = plan.add_argument_group("with --model")
-    choice.add_argument("--ratio", type=float, default=0.5, help="share of channels that goes (%(default)s)")
+    choice.add_argument("--ratio", type=float, help="share of channels that goes (0.5)")
+    choice.add_argument("--budget", type=_mapping, help="what may be left instead: '{\"macs\": 0.5}'")
     choice.add_argument("--score", default="l1", help="l1, l2, bn_scale or random (%(default)s)")
     choice.add_argument("--scope", choices=("inner", "all"), default="inner", help="all: residual streams too")
-    choice.add_argument("--round-to", type=int, default=1, help="widths are multiples of this (%(default)s)")
+    choice.add_argument("--round-to", type=_multiple, default=1, help="widths are multiples of this, or auto (1)")
     choice.add_argument("--global", dest="global_", action="store_true", help="one threshold over all layers")
     choice.add_argument("--ignore", action="append", default=[], help="pattern of layers that stay; several times")
     plan.add_argument("--batch", type=int, action="append", default=[], help="batch size for latency; several times")
@@ -111,11 +112,15 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _multiple(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _mapping(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError:
         values = None
     if not isinstance(values, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"num_classes": 10}}')
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"name": 10}}')
     return values

@@ -54,6 +54,7 @@ def _preview_of_model(asked: argparse.Namespace) -> Preview:
     found = choose(
         graph,
         asked.ratio,
+        budget=asked.budget,
         score=asked.score,
         scope=asked.scope,
         round_to=asked.round_to,

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_prune.reports.batches import resized
 from lightning_prune.reports.silence import silence
+from lightning_prune.structure.batches import resized
 from lightning_prune.structure.replica import arguments, quiet_room, replica, uncompiled
 
 
@@ -53,6 +53,7 @@ def count_cost(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] 
 
         analysis = FlopCountAnalysis(_Flat(uncompiled(replica(model)).eval(), leaves, spec), tensors)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+        analysis.set_op_handle("aten::_convolution_mode", _convolution_macs)
         macs = round(analysis.total())
         uncounted = tuple(sorted(analysis.unsupported_ops()))
     return Cost(macs, sum(parameter.numel() for parameter in model.parameters()), uncounted)
@@ -81,6 +82,12 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
             yield leaf
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
             yield from _tensors_in(vars(leaf))
+
+
+def _convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Of a convolution whose padding is a word, for which fvcore has no rule."""
+    data, weight, result = (tensor.type().sizes() for tensor in (*inputs[:2], outputs[0]))
+    return int(data[0] * math.prod(weight) * math.prod(result[2:]))
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:

@@ -18,8 +18,8 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import ConfigurationError, ExportError
-from lightning_prune.reports.batches import resized
 from lightning_prune.reports.silence import silence
+from lightning_prune.structure.batches import resized
 from lightning_prune.structure.replica import arguments, quiet_room, replica, to_device, uncompiled
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

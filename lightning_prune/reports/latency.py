@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.reports.batches import resized
 from lightning_prune.reports.silence import silence
+from lightning_prune.structure.batches import resized
 from lightning_prune.structure.replica import arguments, quiet_room, replica, uncompiled
 
 _LEAST_SAMPLES, _SAMPLES = 5, 25

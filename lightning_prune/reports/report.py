@@ -15,10 +15,12 @@ from typing import Any
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports.cost import Cost
 from lightning_prune.reports.latency import Latency
+from lightning_prune.structure.budget import Outcome
 
 FORMAT = 1
 STAGES = ("dense", "before", "after", "finetuned")
 UNITS = {
+    "budgets": "asked and reached, of the whole network: MACs per sample, parameters, or milliseconds per batch",
     "accuracy": "the monitored metric: dense, just before surgery, right after surgery, finetuned",
     "error": "largest difference between masked and pruned network, relative to the largest output",
     "layers": "name, number before, number after; channels or weights, as unit says",
@@ -61,6 +63,9 @@ class PruningReport:
         error: largest difference between masked and slim network on a training batch, relative to the largest output.
         tolerance: what was allowed for ``error``.
         unit: what ``layers`` counts, ``"channels"`` or ``"weights"``.
+        budgets: what was asked for instead of a ratio, and what is left by the counts above (latency: as it was
+            measured when the widths were found).
+        round_to: what the widths are multiples of; of ``"auto"`` what was found.
         renormalised: layers behind which a norm now runs over fewer channels than the masked network's did.
         warnings: one sentence each.
         versions: package name -> version.
@@ -85,6 +90,8 @@ class PruningReport:
     error: float = 0.0
     tolerance: float = 0.0
     unit: str = "channels"
+    budgets: Sequence[Outcome] = ()
+    round_to: int = 1
     renormalised: Sequence[str] = ()
     warnings: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=versions)
@@ -99,7 +106,7 @@ class PruningReport:
         if batches[0] != batches[1]:
             raise ConfigurationError(f"Latency was taken at batches {batches[0]} before and {batches[1]} after.")
         # Lists and tuples would not compare equal after a round trip through JSON.
-        for name in ("latency_before", "latency_after", "renormalised", "warnings"):
+        for name in ("latency_before", "latency_after", "budgets", "renormalised", "warnings"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "layers", tuple((name, int(old), int(new)) for name, old, new in self.layers))
         object.__setattr__(self, "accuracy", {stage: _finite(self.accuracy.get(stage)) for stage in STAGES})
@@ -125,6 +132,7 @@ class PruningReport:
             values[name] = Cost(**{**values[name], "uncounted": tuple(values[name]["uncounted"])})
         for name in ("latency_before", "latency_after"):
             values[name] = [Latency(**latency) for latency in values[name]]
+        values["budgets"] = [Outcome(**outcome) for outcome in values.get("budgets", ())]
         return cls(**values)
 
     def write(self, path: str | os.PathLike[str]) -> None:

@@ -51,6 +51,8 @@ def _caption(report: PruningReport) -> str:
     if report.latency_after:
         latency = report.latency_after[0]
         lines.append(f"Latency: median (interquartile range) on {latency.device}, {latency.threads} thread(s).")
+    lines += [f"B{str(outcome)[1:]}." for outcome in report.budgets]
+    lines += [f"Widths are multiples of {report.round_to}."] if report.round_to > 1 else []
     if report.unit == "channels":
         lines.append(f"Slim network against masked network: {report.error:.1e} of the largest output.")
     else:

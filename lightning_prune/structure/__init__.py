@@ -4,6 +4,7 @@ Works on any ``torch.nn.Module`` and knows neither penalties nor Lightning.
 """
 
 from lightning_prune.structure.bits import Bits
+from lightning_prune.structure.budget import Budget, Outcome
 from lightning_prune.structure.choice import choose, choose_weights, pick, pick_weights, select
 from lightning_prune.structure.custom import RuleHandle, register_rule
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
@@ -18,9 +19,11 @@ from lightning_prune.structure.weights import WeightGraph, WeightGroup, weights_
 
 __all__ = [
     "Bits",
+    "Budget",
     "ChannelGraph",
     "ChannelGroup",
     "Flow",
+    "Outcome",
     "Plan",
     "Proof",
     "PruningPlan",

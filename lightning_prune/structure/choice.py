@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from lightning_prune import scores
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.bits import Bits
+from lightning_prune.structure.budget import Budget
 from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
+from lightning_prune.structure.multiples import fast_multiple
 from lightning_prune.structure.plan import Member, PruningPlan, kept_channels, named_tensors, plain_name
+from lightning_prune.structure.resolve import Resolution, resolve
 from lightning_prune.structure.sparsity import SparsityPlan
 from lightning_prune.structure.weights import WeightGraph, WeightGroup, weights_of
 
@@ -28,51 +31,61 @@ SCOPES = ("inner", "all")
 
 def choose(
     graph: ChannelGraph,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
+    budget: Budget | Mapping[str, Any] | None = None,
     score: Score = "l1",
     ratios: Mapping[str, float] | None = None,
     ignore: Iterable[str] = (),
     scope: str = "inner",
     global_: bool = False,
     renormalise: bool | None = None,
-    round_to: int = 1,
+    round_to: int | Literal["auto"] = 1,
     keep_at_least: int = 1,
     seed: int = 0,
 ) -> PruningPlan:
     """The plan by which the least valuable channels go, read from the traced model's weights as they are now.
 
-    Of ``C`` channels ``ceil(ratio * C)`` go, at most ``C - keep_at_least``, fewer where ``round_to`` asks for it.
+    Of ``C`` channels ``ceil(ratio * C)`` go, at most ``C - keep_at_least``, fewer where ``round_to`` asks for it. With
+    a budget the ratio is found: see :func:`~lightning_prune.structure.resolve.resolve`.
 
     Args:
         graph: from :func:`trace`.
-        ratio: share of each group's channels that goes, in ``(0, 1)``.
+        ratio: share of each group's channels that goes, in ``(0, 1)``; a half, where no budget is given.
+        budget: instead of a ratio what may be left: ``{"macs": 0.5}``, ``{"params": "2.0M"}``, ``{"latency_ms": 4.0}``;
+            see :class:`~lightning_prune.structure.budget.Budget`.
         score: ``"l1"`` (mean absolute weight of the producing filters), ``"l2"`` (root mean square), ``"bn_scale"``
             (absolute scale of the following norm), ``"random"``, or a function of (group, tensors by name) that
             gives one value per channel, shape ``(C,)``; the smallest go.
         ratios: layer name pattern -> ratio in ``[0, 1)``; 0 leaves the layer as it is. The first that matches counts.
+            Beside a budget these hold as they are.
         ignore: patterns of layers that are left as they are.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
         global_: one threshold over all groups instead of one ratio each; ``ratios`` then only says what stays.
         renormalise: whether channels under LayerNorm or GroupNorm may go (default: with ``scope="all"`` only). The
             slim network then normalises over the channels that stay.
-        round_to: widths afterwards are multiples of this.
+        round_to: widths afterwards are multiples of this; ``"auto"`` measures what is fast where the model is, see
+            :func:`~lightning_prune.structure.multiples.fast_multiple`.
         keep_at_least: channels that stay in every group.
         seed: of ``score="random"``.
 
     Raises:
-        ConfigurationError: for values out of range, patterns that match nothing, scores that can't be taken.
+        ConfigurationError: for values out of range, patterns that match nothing, scores that can't be taken, budgets
+            that can't be met.
 
     >>> from torch import nn
     >>> from lightning_prune.structure import trace
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> print(choose(trace(net, torch.zeros(1, 4)), ratio=0.25))
     0  8 -> 6
+    >>> print(choose(trace(net, torch.zeros(1, 4)), budget={"params": 50}))
+    0  8 -> 6
     """
     return graph.plan(
         pick(
             graph,
             ratio,
+            budget=budget,
             score=score,
             ratios=ratios,
             ignore=ignore,
@@ -88,37 +101,96 @@ def choose(
 
 def pick(
     graph: ChannelGraph,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
+    budget: Budget | Mapping[str, Any] | None = None,
     score: Score = "l1",
     ratios: Mapping[str, float] | None = None,
     ignore: Iterable[str] = (),
     scope: str = "inner",
     global_: bool = False,
     renormalise: bool | None = None,
-    round_to: int = 1,
+    round_to: int | Literal["auto"] = 1,
     keep_at_least: int = 1,
     seed: int = 0,
 ) -> dict[str, tuple[int, ...]]:
     """As :func:`choose`, but as numbers of channels by group name, ascending."""
+    round_to = fast_multiple(graph.model) if round_to == "auto" else round_to
     for name, number in (("round_to", round_to), ("keep_at_least", keep_at_least)):
         if type(number) is not int or number < 1:
             raise ConfigurationError(f"{name} must be a whole number of at least 1, not {number!r}.")
+    asked = Budget.of(budget)
+    if ratio is not None and asked is not None:
+        raise ConfigurationError(f"Give a ratio or a budget, not both (ratio={ratio!r}, {asked}).")
+    ratio = 0.5 if ratio is None else ratio
     share = select(graph, ratio, ratios=ratios, ignore=ignore, scope=scope, renormalise=renormalise)
     groups = [group for group in graph.groups if share.get(group.name, 0.0) > 0]
     tensors = named_tensors(graph.model)
     generator = torch.Generator().manual_seed(seed)
     values = {group.name: value_of(group, tensors, score, generator) for group in groups}
-    limit = {group.name: kept_channels(group.size, share[group.name]) for group in groups}
-    if global_:
+    if asked is not None:
+        prices = {name: value.sort().values.tolist() for name, value in values.items()} if global_ else None
+        own = {group.name: share[group.name] for group in groups}
+        kept = spend(graph, asked, own, ratios, prices, round_to=round_to, keep_at_least=keep_at_least).kept
+        share = {name: 1 - count / graph[name].size for name, count in kept.items()}
+    elif global_:
         limit = _one_threshold(values, ratio, keep_at_least)
+        share = {group.name: 1 - limit[group.name] / group.size for group in groups}
+    return smallest(groups, share, values, round_to=round_to, keep_at_least=keep_at_least)
+
+
+def smallest(
+    groups: Iterable[ChannelGroup],
+    share: Mapping[str, float],
+    values: Mapping[str, Tensor],
+    *,
+    round_to: int = 1,
+    keep_at_least: int = 1,
+) -> dict[str, tuple[int, ...]]:
+    """The channels of least value, a share of each group, by group name, ascending; no entry where none goes."""
     picked = {}
     for group in groups:
-        least = 1 - limit[group.name] / group.size
-        kept = kept_channels(group.size, least, unit=group.unit, round_to=round_to, keep_at_least=keep_at_least)
+        limits = {"unit": group.unit, "round_to": round_to, "keep_at_least": keep_at_least}
+        kept = kept_channels(group.size, share[group.name], **limits)
         order = values[group.name].argsort(stable=True)
         picked[group.name] = tuple(sorted(order[: group.size - kept].tolist()))
     return {name: numbers for name, numbers in picked.items() if numbers}
+
+
+def spend(
+    graph: ChannelGraph,
+    budget: Budget,
+    share: Mapping[str, float],
+    ratios: Mapping[str, float] | None = None,
+    prices: Mapping[str, Sequence[float]] | None = None,
+    *,
+    round_to: int = 1,
+    keep_at_least: int = 1,
+    progress: float = 1.0,
+    recount: Callable[[nn.Module], int] | None = None,
+) -> Resolution:
+    """What a budget comes to for some groups of a graph, see :func:`~lightning_prune.structure.resolve.resolve`.
+
+    Args:
+        graph: of the dense network.
+        budget: what may be left.
+        share: the groups that take part, by name, with the share that goes of those that have one of their own.
+        ratios: patterns of the layers that have.
+        prices: of the others' channels; ``None`` for one ratio in all of them.
+        round_to: widths are multiples of this.
+        keep_at_least: channels that stay in every group.
+        progress: of several parts of the way, at which one.
+        recount: counts a slim network.
+    """
+    limits = {"round_to": round_to, "keep_at_least": keep_at_least}
+    fixed, free = {}, {}
+    for name, own in share.items():
+        group = graph[name]
+        if any(matches(graph, group, pattern) for pattern in ratios or {}):
+            fixed[name] = kept_channels(group.size, own, unit=group.unit, **limits)
+        else:
+            free[name] = [number / group.size for number in range(group.size)] if prices is None else prices[name]
+    return resolve(graph, budget, free, fixed=fixed, progress=progress, recount=recount, **limits)
 
 
 def choose_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,7 @@ class ChannelGraph:
         root: name of the model inside a larger module, where it is part of one: patterns may begin with it.
         joined: modules that can only go on as :class:`elastic.Joined` once channels have gone.
         notes: of the trace, for :meth:`explain`.
+        inputs: one sample of the arguments that it was traced with, by position and by name; budgets count with them.
     """
 
     model: nn.Module
@@ -89,6 +91,7 @@ class ChannelGraph:
     root: str = ""
     joined: tuple[str, ...] = ()
     notes: Notes | None = field(default=None, repr=False)
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] = field(default=((), {}), repr=False)
 
     def __getitem__(self, name: str) -> ChannelGroup:
         for group in self.groups:

@@ -107,11 +107,12 @@ def arguments(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     return (inputs if isinstance(inputs, tuple) else (inputs,)), dict(kwargs or {})
 
 
-def to_device(tree: Any, device: torch.device | str) -> Any:
-    """Every tensor of a nested structure on ``device``, detached."""
+def to_device(tree: Any, device: torch.device | str | None) -> Any:
+    """Every tensor of a nested structure on ``device`` (``None``: where it is), detached and copied."""
+    target = torch.device(device) if device is not None else None
 
     def move(leaf: Any) -> Any:
-        return _moved(leaf, torch.device(device)) if isinstance(leaf, Tensor) else leaf
+        return _moved(leaf, target) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(move, tree)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import ConfigurationError, TraceError
+from lightning_prune.structure.batches import resized
 from lightning_prune.structure.custom import sealed
 from lightning_prune.structure.elastic import loosen_
 from lightning_prune.structure.explanation import Notes
@@ -67,7 +68,8 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
         solution = labels.solve()
         graph = graph_of(model, watcher.known, solution)
     known = watcher.known
-    return replace(graph, notes=Notes(labels, solution, known.roles, known.used, watcher.records))
+    notes = Notes(labels, solution, known.roles, known.used, watcher.records)
+    return replace(graph, notes=notes, inputs=to_device(resized((args, named), 1), None))
 
 
 def _watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Watcher:

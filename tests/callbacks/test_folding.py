@@ -271,7 +271,7 @@ def test_a_compiled_network_is_counted_restarted_and_folded_like_any() -> None:
     for compiled in (False, True):
         net = biased(unpadded)
         options: dict[str, Any] = {"global_epochs": 1, "restart_from": "baseline", "penalize_bias": False}
-        method = MaskSparsity(macs=0.4, epochs=3, fold_constant=True, **options)
+        method = MaskSparsity(budget={"macs": 0.4}, epochs=3, fold_constant=True, **options)
         run(method, torch.compile(net, backend="eager") if compiled else net)  # type: ignore[arg-type]
         weights.append([parameter.detach() for parameter in net.parameters()])
     assert weights[0][0].shape[0] < 8

@@ -206,7 +206,9 @@ def test_the_mask_is_frozen_and_made_again_where_asked() -> None:
     assert removal_error(model, method) < 1e-6
 
 
-@pytest.mark.parametrize("target", [{"ratio": 0.75}, {"macs": 0.4}, {"ratio": None, "threshold": 0.4}], ids=str)
+@pytest.mark.parametrize(
+    "target", [{"ratio": 0.75}, {"budget": {"macs": 0.4}}, {"ratio": None, "threshold": 0.4}], ids=str
+)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_every_pass_begins_with_what_the_last_one_left(target: dict[str, Any], optimizer: str) -> None:
     """Equal factors, 5 and 4 of 8 channels twice; what is gone is zero from the next pass on, and goes in the end."""
@@ -380,7 +382,9 @@ def test_a_second_run_on_the_slim_module_prunes_further(tmp_path: Path) -> None:
     for number in range(2):
         pruning = StructuralPruning(latency_batches=(), report_file=None)
         saving = ModelCheckpoint(tmp_path / str(number), save_last=True)
-        run = trainer(MaskSparsity(macs=0.5, epochs=2), pruning, saving, max_epochs=3, enable_checkpointing=True)
+        run = trainer(
+            MaskSparsity(budget={"macs": 0.5}, epochs=2), pruning, saving, max_epochs=3, enable_checkpointing=True
+        )
         run.fit(module, loader)
         shares.append(count_cost(module.net, images).macs)
         plans.append(pruning.plan)
@@ -400,7 +404,7 @@ def test_a_second_pass_sets_out_from_a_slim_file(tmp_path: Path) -> None:
     loader, costs = image_loader(6), []
     for callbacks in ([], [LoadPruned(tmp_path / "slim.safetensors")]):
         module, pruning = Classifier(net(16)), StructuralPruning(latency_batches=(), report_file=None)
-        trainer(*callbacks, MaskSparsity(macs=0.5, epochs=2), pruning, max_epochs=3).fit(module, loader)
+        trainer(*callbacks, MaskSparsity(budget={"macs": 0.5}, epochs=2), pruning, max_epochs=3).fit(module, loader)
         assert pruning.report is not None and pruning.plan is not None
         costs += [pruning.report.cost_before.macs, pruning.report.cost_after.macs]
         save_slim(module, tmp_path / "slim.safetensors", pruning.plan)

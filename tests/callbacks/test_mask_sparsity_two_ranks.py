@@ -22,5 +22,5 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     for mine, theirs in zip(first["states"], second["states"], strict=True):
         assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
     assert first["states"][3]["0.weight"].shape[0] < 8
-    assert "ConfigurationError: macs=0.001 can't be reached" in first["errors"][0]
-    assert "failed on rank 0: ConfigurationError: macs=0.001 can't be reached" in second["errors"][0]
+    assert "ConfigurationError: budget macs=0.001 can't be reached" in first["errors"][0]
+    assert "failed on rank 0: ConfigurationError: budget macs=0.001 can't be reached" in second["errors"][0]

@@ -93,7 +93,7 @@ def test_surgery_after_a_restart_is_lossless(optimizer: str) -> None:
 
     pruning = StructuralPruning(latency_batches=(), report_file=None)
     module = Classifier(seeded(conv_net), optimizer)
-    fit(restarting(ratio=None, macs=0.5), module, pruning, Look(), max_epochs=5)
+    fit(restarting(ratio=None, budget={"macs": 0.5}), module, pruning, Look(), max_epochs=5)
     assert pruning.plan is not None
     assert (outputs[8] - outputs[7]).abs().max() < 1e-5 * outputs[7].abs().max()
 

@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
 
     for macs in (REACHABLE, UNREACHABLE):
         options = {"restart_from": "baseline", "penalize_bias": False, "fold_constant": True}
-        method = MaskSparsity(macs=macs, epochs=3, global_epochs=1, **options)  # type: ignore[arg-type]
+        method = MaskSparsity(budget={"macs": macs}, epochs=3, global_epochs=1, **options)  # type: ignore[arg-type]
         pruning = StructuralPruning(latency_batches=(), report_file=None)
         settings = {"strategy": "ddp", "devices": 2, "max_epochs": 4, "default_root_dir": folder}
         run = trainer(method, pruning, use_distributed_sampler=False, **settings)

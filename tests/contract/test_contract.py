@@ -387,7 +387,7 @@ def test_arguments_are_stored_and_survive_yaml(row: str, tmp_path: Path) -> None
     parser.add_argument("--callback", type=setting.method)
     plain = {"ratio": 0.5, **setting.arguments, "ignore": ["0"], "start": 1, "name": "mine"}
     plain = {
-        name: {"class_path": f"lightning_prune.schedules.{type(value).__name__}", "init_args": asdict(value)}
+        name: {"class_path": f"{type(value).__module__}.{type(value).__name__}", "init_args": asdict(value)}
         if is_dataclass(value) and not isinstance(value, type)
         else value
         for name, value in plain.items()

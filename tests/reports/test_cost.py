@@ -43,6 +43,11 @@ def test_macs_are_those_of_one_sample() -> None:
     assert count_cost(model, torch.randn(7, 3, 10, 10)).macs == 9 * 3 * 8 * 64
 
 
+def test_padding_by_name_hides_no_convolution() -> None:
+    images = torch.randn(1, 3, 10, 10)
+    assert count_cost(nn.Conv2d(3, 8, 3, padding="same"), images).macs == 9 * 3 * 8 * 100
+
+
 def test_attention_is_counted() -> None:
     class Attention(nn.Module):
         def forward(self, query: Tensor, key: Tensor) -> Tensor:

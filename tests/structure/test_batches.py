@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.reports.batches import resized
+from lightning_prune.structure.batches import resized
 
 
 def test_fewer_and_more_samples() -> None:
