@@ -54,6 +54,7 @@ def count_cost(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] 
         analysis = FlopCountAnalysis(_Flat(uncompiled(replica(model)).eval(), leaves, spec), tensors)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         analysis.set_op_handle("aten::_convolution_mode", _convolution_macs)
+        analysis.set_op_handle("aten::baddbmm", _batched_macs)
         macs = round(analysis.total())
         uncounted = tuple(sorted(analysis.unsupported_ops()))
     return Cost(macs, sum(parameter.numel() for parameter in model.parameters()), uncounted)
@@ -88,6 +89,12 @@ def _convolution_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """Of a convolution whose padding is a word, for which fvcore has no rule."""
     data, weight, result = (tensor.type().sizes() for tensor in (*inputs[:2], outputs[0]))
     return int(data[0] * math.prod(weight) * math.prod(result[2:]))
+
+
+def _batched_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Of a product of batches of matrices that is added to something, as in attention with a mask."""
+    first, second = (tensor.type().sizes() for tensor in inputs[1:3])
+    return int(math.prod(first) * second[-1])
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:

@@ -280,7 +280,7 @@ COSTS: dict[str, Costing] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution(transposed=True)),
     **dict.fromkeys(("convolution", "_convolution"), _general_convolution),
     **dict.fromkeys(("bmm", "matmul", "mm"), _product(0)),
-    "addmm": _product(1),
+    **dict.fromkeys(("addmm", "baddbmm"), _product(1)),
     "linear": _linear,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,

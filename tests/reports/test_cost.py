@@ -48,6 +48,21 @@ def test_padding_by_name_hides_no_convolution() -> None:
     assert count_cost(nn.Conv2d(3, 8, 3, padding="same"), images).macs == 9 * 3 * 8 * 100
 
 
+def test_a_mask_hides_no_product_of_attention() -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            mask = torch.zeros(tokens.shape[1], tokens.shape[1])
+            return self.layer(tokens, tokens, tokens, attn_mask=mask)[0]
+
+    assert count_cost(Masked(), torch.randn(1, 5, 8)).macs == 5 * (8 * 24 + 8 * 8) + 2 * 2 * 5 * 5 * 4
+
+
 def test_attention_is_counted() -> None:
     class Attention(nn.Module):
         def forward(self, query: Tensor, key: Tensor) -> Tensor:

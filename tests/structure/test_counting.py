@@ -16,6 +16,7 @@ from lightning_prune.reports.cost import count_cost
 from lightning_prune.structure import trace
 from lightning_prune.structure.counting import count_macs, macs_bill, parameters_bill, slim
 from tests.callbacks.nets import seeded
+from tests.structure.cases import CASES, Case
 from tests.structure.zoo import ZOO
 
 
@@ -142,6 +143,34 @@ def test_widths_foretell_what_is_counted(name: str) -> None:
         assert cost.macs == int(macs.at(widths)) == count_macs(network, graph.inputs)
         assert cost.parameters == int(parameters.at(widths))
     assert torch.equal(next(model.parameters()), next(seeded(build).parameters()))
+
+
+OTHERWISE = {
+    "CheckpointReentrant": "fvcore can't trace it",
+    "HeadsMaskedEach": "it doesn't take one sample alone",
+    "UnusedOutput": "fvcore leaves out what no output needs",
+}
+SOME = [CASES[name] for name in sorted(CASES)[::12] if name not in OTHERWISE]
+
+
+@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
+def test_hard_cases_cost_what_is_foretold(case: Case) -> None:
+    torch.manual_seed(0)
+    graph = trace(case.build(), case.inputs(), case.kwargs())
+    sizes = np.array([group.size for group in graph.groups], dtype=np.int64)
+    widths = np.random.default_rng(1).integers(1, sizes + 1)
+    network = slim(graph, {group.name: int(width) for group, width in zip(graph.groups, widths, strict=True)})
+    cost = count_cost(network, case.inputs(), case.kwargs())
+    assert (cost.macs, cost.parameters) == (macs_bill(graph).at(widths), parameters_bill(graph).at(widths))
+
+
+def test_what_fvcore_leaves_out_is_counted_here() -> None:
+    for name in ("CheckpointReentrant", "UnusedOutput"):
+        case = CASES[name]
+        graph = trace(case.build(), case.inputs(), case.kwargs())
+        sizes = np.array([group.size for group in graph.groups])
+        assert macs_bill(graph).at(sizes) == count_macs(graph.model, graph.inputs) > 0
+    assert len(SOME) >= 24
 
 
 def test_many_widths_are_asked_at_once() -> None:
