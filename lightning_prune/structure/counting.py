@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.batches import resized
 from lightning_prune.structure.call import tensors_in
+from lightning_prune.structure.custom import sealed
 from lightning_prune.structure.elastic import loosen_
 from lightning_prune.structure.graph import ChannelGraph
 from lightning_prune.structure.labels import Axis, Ints
@@ -150,7 +151,7 @@ def _bill(rows: Sequence[tuple[str, float, list[tuple[float, Floats]]]], groups:
 
 def _count(model: nn.Module, inputs: Inputs) -> Counter:
     for device in ("meta", "cpu"):
-        counter = Counter(loosen_(replica(model, device)).eval())
+        counter = Counter(loosen_(sealed(replica(model, device))).eval())
         try:
             counter.run(*to_device(resized(inputs, 1), device))
         except Exception as error:  # whatever foreign code raises; with values it may work
