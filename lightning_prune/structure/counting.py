@@ -53,14 +53,12 @@ class Bill(NamedTuple):
         scales: :math:`s`, ``(m,)``.
         offsets: :math:`o`, ``(m, d)``.
         slopes: :math:`k`, ``(m, d, G)``.
-        exact: whether every length is what this says whichever channels of a group stay.
     """
 
     where: tuple[str, ...]
     scales: Floats
     offsets: Floats
     slopes: Floats
-    exact: bool
 
     def terms(self, widths: NDArray[Any]) -> Floats:
         """Every term at these widths, ``(..., G)`` -> ``(..., m)``; exact below 2 ** 53."""
@@ -145,8 +143,7 @@ def _bill(rows: Sequence[tuple[str, float, list[tuple[float, Floats]]]], groups:
     for row, factors in enumerate(moving):
         for column, (offset, slope) in enumerate(factors):
             offsets[row, column], slopes[row, column] = offset, slope
-    exact = bool((slopes == slopes.round()).all())
-    return Bill(tuple(where for where, _, _ in rows), np.array(scales, dtype=np.float64), offsets, slopes, exact)
+    return Bill(tuple(where for where, _, _ in rows), np.array(scales, dtype=np.float64), offsets, slopes)
 
 
 def _count(model: nn.Module, inputs: Inputs) -> Counter:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.budget import QUANTITIES, SUFFIXES, Budget, Outcome
-from lightning_prune.structure.counting import Bill, count_macs, macs_bill, parameters_bill, slim
+from lightning_prune.structure.counting import Bill, macs_bill, parameters_bill, slim
 from lightning_prune.structure.graph import ChannelGraph
 from lightning_prune.structure.search import Ladder, by_clock, largest_terms, within
 from lightning_prune.structure.stopwatch import Stopwatch
@@ -88,8 +88,6 @@ def resolve(
     problem = _Problem(graph, budget, bill, ladder, {*prices, *fixed}, progress)
     if budget.quantity == "latency_ms":
         return problem.by_clock(Stopwatch(graph, budget.batch, budget.device))
-    if budget.quantity == "macs" and recount is None and not bill.exact:
-        recount = lambda network: count_macs(network, graph.inputs)  # noqa: E731
     return problem.by_count(dense, recount if budget.quantity == "macs" else None)
 
 
@@ -118,7 +116,8 @@ class _Problem(NamedTuple):
                 reached = float(recount(slim(self.graph, self._named(widths))))
             if reached <= target and (best is None or reached > best[1]):
                 best = widths, reached
-            if reached == foretold or self.budget.enough * target <= reached <= target:
+            is_nearest = aim >= target and reached == foretold
+            if reached <= target and (is_nearest or reached >= self.budget.enough * target):
                 break
             aim *= target / reached * (1 if reached < target else 0.999)
         if best is None:

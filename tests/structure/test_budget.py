@@ -322,6 +322,19 @@ def test_the_aim_is_corrected_by_what_is_counted(factor: float) -> None:
     assert found.outcome.reached == count(slim(graph, found.kept))
 
 
+@pytest.mark.parametrize("more", [-40_000, 40_000])
+def test_the_share_is_of_what_is_counted_in_the_dense_network(more: int) -> None:
+    """As where only the dense network's operators hide something from the counter, or the slim one's."""
+    graph = trace(seeded(residual), IMAGES)
+
+    def count(network: nn.Module) -> int:
+        return (count_cost(network, IMAGES).macs or 0) + more * (network[3].conv1.out_channels == 16)  # type: ignore[index,union-attr,operator]
+
+    prices = {group.name: [n / group.size for n in range(group.size)] for group in graph.groups}
+    found = resolve.resolve(graph, Budget(macs=0.7), prices, recount=count).outcome
+    assert found.dense == count(graph.model) and 0.99 * found.asked <= found.reached <= found.asked
+
+
 def test_parts_of_the_way_fall_by_equal_factors() -> None:
     graph = trace(seeded(residual), IMAGES)
     share = select(graph)
