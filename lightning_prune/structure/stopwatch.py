@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,14 +17,17 @@ from lightning_prune.structure.counting import slim
 from lightning_prune.structure.graph import ChannelGraph
 from lightning_prune.structure.replica import quiet_room, to_device, uncompiled
 
-ROUNDS = 5, 11
-"""Turns of each network, of which the median counts: the fewest, and as many as there is time for."""
-
 TURN = 0.01
 """Seconds that one turn lasts at least."""
 
-PATIENCE = 1.0
-"""Seconds for all turns of one network, where they take no longer."""
+LEAST = 5
+"""Turns of each network, of whose times (or their ratios) the median counts."""
+
+SURE = 0.01
+"""Relative error of the median from which on no more turns are taken."""
+
+PATIENCE = 3.0
+"""Seconds after which no more turns are taken either."""
 
 
 class Stopwatch:
@@ -46,8 +50,7 @@ class Stopwatch:
             with quiet_room():
                 once = max(self._turn(self._network, 2), 1e-6)
                 self._passes = max(1, round(TURN / once))
-                self._rounds = min(max(ROUNDS[0], int(PATIENCE / (once * self._passes))), ROUNDS[1])
-                self.dense = 1e3 * statistics.median(self._turn(self._network, self._passes) for _ in self._turns)
+                self.dense = 1e3 * steady(lambda: self._turn(self._network, self._passes))
         except Exception as error:  # of the network's own code, or of a device that isn't there
             first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
             where = device or "its own device"
@@ -60,12 +63,8 @@ class Stopwatch:
         network = self._ready(widths)
         with quiet_room():
             self._turn(network, 2)
-            pairs = [(self._turn(network, self._passes), self._turn(self._network, self._passes)) for _ in self._turns]
-        return self.dense * statistics.median(own / dense for own, dense in pairs)
-
-    @property
-    def _turns(self) -> range:
-        return range(self._rounds)
+            share = steady(lambda: self._turn(network, self._passes) / self._turn(self._network, self._passes))
+        return self.dense * share
 
     def _ready(self, widths: Mapping[str, int]) -> nn.Module:
         return uncompiled(slim(self._graph, widths, self._device)).eval()
@@ -73,6 +72,22 @@ class Stopwatch:
     def _turn(self, network: nn.Module, passes: int) -> float:
         args, kwargs = self._inputs
         return seconds(lambda: network(*args, **kwargs), passes)
+
+
+def steady(draw: Callable[[], float]) -> float:
+    """The median of so many draws that it stands firm, or of as many as there is time for.
+
+    >>> steady(lambda: 2.0)
+    2.0
+    """
+    begin, found = time.perf_counter(), list[float]()
+    while True:
+        found.append(draw())
+        if len(found) < LEAST:
+            continue
+        low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+        if high - low <= SURE * median * math.sqrt(len(found)) or time.perf_counter() - begin > PATIENCE:
+            return median
 
 
 def seconds(work: Callable[[], Any], passes: int = 1) -> float:
