@@ -15,7 +15,7 @@ from torchvision.models import vgg
 
 from lightning_prune import Budget, ConfigurationError, choose, prune_, trace
 from lightning_prune.reports.cost import Cost, count_cost
-from lightning_prune.structure import ChannelGraph, resolve, select
+from lightning_prune.structure import ChannelGraph, resolve, select, stopwatch
 from lightning_prune.structure.choice import spend
 from lightning_prune.structure.counting import macs_bill, slim
 from lightning_prune.structure.search import Ladder, by_clock, fewest
@@ -407,7 +407,8 @@ def test_a_clock_that_wavers_is_taken_at_its_word() -> None:
         assert found[1] == max(time for time in asked if time <= target) and (asked[found[1]] == found[0]).all()
 
 
-def test_a_real_clock_measures_and_leaves_the_model_alone() -> None:
+def test_a_real_clock_measures_and_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "PATIENCE", 0.1)
     model = seeded(separable)
     before = copy.deepcopy(model.state_dict())
     graph = trace(model, IMAGES)
@@ -416,6 +417,18 @@ def test_a_real_clock_measures_and_leaves_the_model_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model.training
     with pytest.raises(ConfigurationError, match=r"Latency can't be measured on cuda:99 with a batch of 1 \("):
         Stopwatch(graph, 1, "cuda:99")
+
+
+def test_a_median_stands_firm_before_it_counts() -> None:
+    """Where draws waver, more are taken; half of them far off don't matter for long."""
+    noise, drawn = np.random.default_rng(0), [0, 0]
+
+    def draw(which: int, spread: float) -> float:
+        drawn[which] += 1
+        return float(noise.normal(1.0, spread))
+
+    assert stopwatch.steady(lambda: draw(0, 1e-4)) == pytest.approx(1.0, abs=1e-3) and drawn[0] == stopwatch.LEAST
+    assert stopwatch.steady(lambda: draw(1, 0.05)) == pytest.approx(1.0, abs=0.04) and drawn[1] > 3 * stopwatch.LEAST
 
 
 def test_bisection_finds_what_counting_up_finds_and_asks_seldom() -> None:
