@@ -210,23 +210,22 @@ class Classifier(LightningModule):
         optimizer = torch.optim.SGD(
             self.parameters(), lr=preset.learning_rate, momentum=0.9, weight_decay=preset.weight_decay
         )
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, _Rates(preset))]
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, rates(preset))]
 
 
-class _Rates:
-    """Share of the first learning rate in an epoch: a cosine from each stage's rate towards zero."""
+def rates(preset: Preset) -> Callable[[int], float]:
+    """Epoch to its share of the first learning rate: a cosine from each stage's rate towards zero."""
+    shares = 1.0, *[preset.later_rate / preset.learning_rate] * 2
 
-    def __init__(self, preset: Preset) -> None:
-        self.preset = preset
-
-    def __call__(self, epoch: int) -> float:
-
-        first, rates = 0, (1.0, *[self.preset.later_rate / self.preset.learning_rate] * 2)
-        for length, rate in zip(self.preset.epochs, rates, strict=True):
+    def share(epoch: int) -> float:
+        first = 0
+        for length, rate in zip(preset.epochs, shares, strict=True):
             if epoch < first + length:
                 return rate * (1 + math.cos(math.pi * (epoch - first) / length)) / 2
             first += length
         return 0.0
+
+    return share
 
 
 class Stop(Callback):
