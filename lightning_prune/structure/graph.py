@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import PlanError
 from lightning_prune.structure.explanation import Notes, explain
 from lightning_prune.structure.overview import overview
-from lightning_prune.structure.plan import NOWHERE, Member, PruningPlan, named_tensors, signature, submodule
+from lightning_prune.structure.plan import NOWHERE, Member, PruningPlan, named_tensors, number_of, signature
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,10 +165,7 @@ class ChannelGraph:
 
     def dense_numbers(self) -> dict[str, int]:
         """The numbers that modules of the dense model keep of their channels."""
-        return {
-            name: getattr(submodule(self.model, name.rpartition(".")[0]), name.rpartition(".")[2])
-            for name in self.numbers
-        }
+        return {name: number_of(self.model, name) for name in self.numbers}
 
     def __str__(self) -> str:
         """A table: a line per group, then what stays and why."""

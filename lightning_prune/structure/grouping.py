@@ -35,7 +35,7 @@ def _owners(known: Knowledge, solution: Solution, groups: list[ChannelGroup]) ->
 def _groups(known: Knowledge, solution: Solution) -> list[ChannelGroup]:
     """Classes of labels that run along the same dims equally often are the channels of one group.
 
-    A class that is the only one of its kind can't go; it joins those with a reason.
+    A class that is the only one of its kind, or that no layer has to do with, can't go; it joins those with a reason.
     """
     labels = known.labels
     ids = np.repeat(np.arange(len(labels.dims)), np.diff(labels.starts))

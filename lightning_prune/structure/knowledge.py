@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from lightning_prune.structure.labels import Axes, Axis, Ints, Labels
 from lightning_prune.structure.plan import submodule
+
+#: Names under which modules keep where they cut a dim of channels, unlike numbers of heads, groups or pixels.
+_WHERE_TO_CUT = re.compile(r"dim|chs|channel|width|plane|split|hidden|untouched|_c$")
 
 
 class Record(NamedTuple):
@@ -130,6 +134,29 @@ class Knowledge:
             for reference, labels, reason in debts:
                 if reference() is not None:
                     self.labels.pin(labels, reason)
+
+    def note_cut(self, *pieces: Ints) -> bool:
+        """Note under which names the module at work keeps how long these pieces are, each or in a row; whether it does.
+
+        Where a number follows the channels that stay, a cut falls between the same channels as before.
+        """
+        module, path = submodule(self.model, self.module), self.module
+        lengths, found = [len(piece) for piece in pieces], False
+        for name, value in vars(module).items():
+            if not _WHERE_TO_CUT.search(name):
+                continue
+            if isinstance(value, (list, tuple)) and list(value) == lengths and len(lengths) > 1:
+                for number, piece in enumerate(pieces):
+                    self._follow(_full(path, f"{name}.{number}"), piece)
+                return True
+            if type(value) is int and value in lengths:
+                self._follow(_full(path, name), pieces[lengths.index(value)])
+                found = True
+        return found
+
+    def _follow(self, attribute: str, labels: Ints) -> None:
+        """One number that counts two dims ties them."""
+        self.labels.unite(self.sizes.setdefault(attribute, labels), labels)
 
     def note_role(self, labels: Ints, role: str) -> None:
         """Note what the parameter dim that these labels belong to is to its group."""

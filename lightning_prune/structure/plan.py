@@ -51,6 +51,19 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def number_of(model: nn.Module, name: str) -> int:
+    """A number that a module keeps, by path: ``"block.width"``, or ``"block.splits.0"`` for one in a row of them.
+
+    >>> number_of(nn.Sequential(nn.Linear(2, 3)), "0.out_features")
+    3
+    """
+    path, _, attribute = name.rpartition(".")
+    if attribute.isdigit():
+        path, _, row = path.rpartition(".")
+        return int(getattr(submodule(model, path), row)[int(attribute)])
+    return int(getattr(submodule(model, path), attribute))
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by :func:`plain_name`, each once; of tied ones the first name counts."""
     return {plain_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
@@ -84,7 +97,7 @@ class PruningPlan:
         sizes: the same keys -> length of that dim in the dense model.
         signature: of the dense model that this plan fits, see :func:`signature`.
         outputs: those keys that are a layer's output channels, for printing.
-        numbers: module attributes that no tensor of the module tells -> their new value.
+        numbers: module attributes that no tensor of the module tells -> their new value; see :func:`number_of`.
         renormalised: norms (by the name of their scale) that take their statistics over fewer channels afterwards.
         merged: for keys whose positions go into others instead of nowhere: for every dense position the one that
             stands for it afterwards (itself, where it stays; -1 where it just goes).

@@ -5,6 +5,9 @@ A graph knows sizes as numbers; Python may work them out anew (``C // heads``), 
 numbers so large that no two sizes agree by chance (without memory that costs nothing), once with fewer channels than
 there are. Where an operator fails, gives another size than foretold or is fed another number, its channels are pinned,
 and the pass goes on with a tensor of the foretold size: one pass finds all such places.
+
+Where the model looks at values, a network of other channels would see others and could take another way. So whatever
+leaves the channels that may go (a head's output, say) gets the values that it has in the dense network.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.structure.call import tensors_in
@@ -23,9 +28,11 @@ from lightning_prune.structure.knowledge import Record
 from lightning_prune.structure.labels import Axes, Axis, Ints, Labels, Solution
 from lightning_prune.structure.numbers import Fault
 from lightning_prune.structure.plan import Member, named_tensors
-from lightning_prune.structure.replica import quiet_room
+from lightning_prune.structure.replica import quiet_room, to_device
 from lightning_prune.structure.surgery import Cut, Cuts, resize_
 from lightning_prune.structure.watch import UNSEEN, compute, on_meta, open_up, operator_name, rule_for, scalars_of
+
+Values = dict[int, list[Tensor]]
 
 
 def probe(
@@ -46,24 +53,47 @@ def probe(
         fresh: makes a copy of the dense model to try on, and the arguments of its forward.
         without_memory: whether these copies have none.
     """
+    dense = None
+    if not without_memory:
+        dense = _values(records, _times_of_labels(labels, solution, graph, _nothing(graph)) == 0, *fresh())
     for times in _trials(graph, without_memory):
-        faults = _try(records, _times_of_labels(labels, solution, graph, times), graph, times, *fresh())
+        widths = _times_of_labels(labels, solution, graph, times)
+        faults = _try(records, widths, dense, graph, times, *fresh())
         if faults:
             return faults
     return []
 
 
+def _values(
+    records: list[Record], free: NDArray[np.bool_], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Values:
+    """What the dense network computes, wherever channels that may go are read and none are written."""
+    ends = Listener({number for number, record in enumerate(records) if _ends(record, free)})
+    with quiet_room(), ends:
+        model(*args, **kwargs)
+    return ends.values
+
+
+def _ends(record: Record, free: NDArray[np.bool_]) -> bool:
+    read, written = (
+        any(axis is not None and free[axis.labels].any() for axes in side for axis in axes)
+        for side in (record.inputs, record.outputs)
+    )
+    return read and not written
+
+
 def _try(
     records: list[Record],
     times: Ints,
+    dense: Values | None,
     graph: ChannelGraph,
     widths: dict[str, Ints],
     trial: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> list[Fault]:
-    resize_(trial, *_cuts(graph, widths))
-    prober = Prober(records, times)
+    resize_(trial, *_cuts(graph, widths, next(trial.parameters()).is_meta))
+    prober = Prober(records, times, dense)
     failure = ""
     with quiet_room():
         try:
@@ -84,8 +114,12 @@ def _trials(graph: ChannelGraph, without_memory: bool) -> Iterator[dict[str, Int
     generator = np.random.default_rng(0)
     if without_memory:
         yield {group.name: generator.integers(1, 5000 // group.size + 9, group.size) for group in graph.groups}
-    for _ in range(1 if without_memory else 4):
+    for _ in range(1 if without_memory else 3):
         yield {group.name: _fewer(generator, group.size) for group in graph.groups}
+
+
+def _nothing(graph: ChannelGraph) -> dict[str, Ints]:
+    return {group.name: np.zeros(group.size, dtype=np.int64) for group in graph.groups}
 
 
 def _fewer(generator: np.random.Generator, size: int) -> Ints:
@@ -93,7 +127,7 @@ def _fewer(generator: np.random.Generator, size: int) -> Ints:
     return generator.permutation(np.arange(size) < generator.integers(1, size)).astype(np.int64)
 
 
-def _cuts(graph: ChannelGraph, widths: dict[str, Ints]) -> tuple[dict[str, Cuts], dict[str, int]]:
+def _cuts(graph: ChannelGraph, widths: dict[str, Ints], without_memory: bool) -> tuple[dict[str, Cuts], dict[str, int]]:
     """The positions to take along every member's dim, and the numbers that modules keep of them."""
     tensors = named_tensors(graph.model)
     times: dict[Member, Ints] = {}
@@ -103,7 +137,11 @@ def _cuts(graph: ChannelGraph, widths: dict[str, Ints]) -> tuple[dict[str, Cuts]
             whole[index.numpy()] = widths[group.name][:, None]
     cuts: dict[str, Cuts] = {}
     for (name, dim), whole in times.items():
-        cuts.setdefault(name, {})[dim] = Cut(torch.from_numpy(np.arange(whole.size).repeat(whole)), None)
+        if without_memory:
+            taken = torch.empty(int(whole.sum()), dtype=torch.int64, device="meta")
+        else:
+            taken = torch.from_numpy(np.arange(whole.size).repeat(whole))
+        cuts.setdefault(name, {})[dim] = Cut(taken, None)
     numbers = graph.dense_numbers()
     for attribute, parts in graph.numbers.items():
         numbers[attribute] += sum(int((widths[part] - 1).sum()) * each for part, each in parts)
@@ -120,13 +158,43 @@ def _times_of_labels(labels: Labels, solution: Solution, graph: ChannelGraph, wi
     return of_labels
 
 
-class Prober(TorchDispatchMode):
-    """Runs the trial beside the records of the dense pass; ``times`` says how often each label is taken."""
+class Listener(TorchDispatchMode):
+    """Keeps what some operators of a pass return, by their number in it."""
 
-    def __init__(self, records: list[Record], times: Ints) -> None:
+    def __init__(self, numbers: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.numbers = numbers
+        self.values: Values = {}
+        self.position = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if rule_for(func) is None:
+            opened = open_up(self, func, args, kwargs)
+            if opened is not NotImplemented:
+                return opened
+        result = func(*args, **kwargs)
+        if operator_name(func) not in UNSEEN:
+            if self.position in self.numbers:
+                self.values[self.position] = [tensor.clone() for tensor in tensors_in(result)]
+            self.position += 1
+        return result
+
+
+class Prober(TorchDispatchMode):
+    """Runs the trial beside the records of the dense pass.
+
+    Args:
+        records: of that pass.
+        times: how often each label is taken.
+        dense: number of a record -> values that its results get; nothing for a model that never looks at values.
+    """
+
+    def __init__(self, records: list[Record], times: Ints, dense: Values | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.records = records
         self.times = times
+        self.dense = dense
         self.faults: list[Fault] = []
         self.position = 0
         self.astray = False
@@ -152,17 +220,31 @@ class Prober(TorchDispatchMode):
         if scalars_of(func, args, kwargs) != record.scalars:
             self._blame(record.where, record.inputs, f"A number that depends on their count enters {_named(record)}.")
         try:
-            result = compute(func, args, kwargs)
+            result = self._computed(func, args, kwargs, record)
         except Exception:  # a size that does not fit, in whatever words
             reason = f"{_named(record)} fails with another number of channels."
             self._blame(record.where, (*record.inputs, *record.outputs), reason, _joins(args, record, expected))
             return _stand_in(func, args, kwargs, expected)
         if [tuple(tensor.shape) for tensor in tensors_in(result)] == expected:
+            for tensor, value in zip(tensors_in(result), (self.dense or {}).get(self.position - 1, ()), strict=False):
+                tensor.copy_(value)
             return result
         self._blame(
             record.where, record.outputs, f"Their count is written down or worked out anew in {_named(record)}."
         )
         return _stand_in(func, args, kwargs, expected)
+
+    def _computed(self, func: Any, args: Any, kwargs: Any, record: Record) -> Any:
+        """The result of an operator; where the values of its channels are of no interest, only its shape."""
+        if self.dense is None or not self._changing_along((*record.inputs, *record.outputs)):
+            return compute(func, args, kwargs)
+        try:
+            shaped = compute(func, *on_meta(*to_device((args, kwargs), "meta")))
+        except (NotImplementedError, RuntimeError):  # the shape depends on values, or something does not fit
+            return compute(func, args, kwargs)
+        if operator_name(func).endswith("_"):
+            return args[0]
+        return pytree.tree_map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype), shaped)
 
     def blame_next(self, reason: str) -> None:
         """Python itself failed: what the next operator would have read is counted somewhere."""

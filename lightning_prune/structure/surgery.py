@@ -95,8 +95,7 @@ def resize_(
         for name, module in model.named_modules():
             _renumber(module, name in depthwise, undo)
         for name, number in numbers.items():
-            path, _, attribute = name.rpartition(".")
-            _set(submodule(model, path), attribute, number, undo)
+            _set_number(model, name, number, undo)
         for module, twin in list(outgrown(model, joined)):
             _set(module, "__class__", twin, undo)
         for module in model.modules():
@@ -190,6 +189,17 @@ def _set(module: nn.Module, attribute: str, value: Any, undo: list[Callable[[], 
     if old != value:
         undo.append(lambda: setattr(module, attribute, old))
         setattr(module, attribute, value)
+
+
+def _set_number(model: nn.Module, name: str, number: int, undo: list[Callable[[], None]]) -> None:
+    path, _, attribute = name.rpartition(".")
+    if attribute.isdigit():
+        path, _, row = path.rpartition(".")
+        numbers = getattr(submodule(model, path), row)
+        place = int(attribute)
+        _set(submodule(model, path), row, type(numbers)([*numbers[:place], number, *numbers[place + 1 :]]), undo)
+    else:
+        _set(submodule(model, path), attribute, number, undo)
 
 
 def _slim_state(optimizer: Optimizer, parameter: Tensor, cut: Cuts) -> list[tuple[dict[str, Any], dict[str, Any]]]:

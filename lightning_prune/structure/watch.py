@@ -22,6 +22,7 @@ from lightning_prune.structure.labels import Axes
 from lightning_prune.structure.plan import named_tensors, plain_name
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.rules import RULES, pointwise
+from lightning_prune.structure.shapes import foretell
 
 
 class Watcher(TorchDispatchMode):
@@ -134,18 +135,9 @@ def open_up(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator; without memory, what keeps the shape of its first tensor needs no work.
-
-    On the meta device torch works out in Python what a norm or an in-place sum returns: half of the whole pass.
-    """
-    if args and isinstance(args[0], Tensor) and args[0].is_meta:
-        if func is torch.ops.aten.batch_norm.default:
-            return torch.empty_like(args[0])
-        if torch.Tag.pointwise in func.tags and operator_name(func).endswith("_") and "out" not in kwargs:
-            shapes = [tensor.shape for tensor in tensors_in((args, kwargs))]
-            if torch.broadcast_shapes(*shapes) == args[0].shape:
-                return args[0]
-    return func(*args, **kwargs)
+    """Run an operator; without memory, only the shape of its result is needed."""
+    found = foretell(operator_name(func), args, kwargs)
+    return func(*args, **kwargs) if found is None else found
 
 
 def on_meta(args: Any, kwargs: Any) -> tuple[Any, Any]:

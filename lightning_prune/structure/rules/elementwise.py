@@ -99,7 +99,7 @@ def copied(call: Call) -> list[Axes]:
 @rule(
     *("relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "tanh", "hardtanh"),
     *("softsign", "softshrink", "hardshrink", "neg", "abs", "sqrt", "square", "sin", "sign", "round", "floor", "erf"),
-    *("dropout", "feature_dropout", "alpha_dropout", "clone", "detach", "alias", "contiguous", "to", "_to_copy"),
+    *("dropout", "feature_dropout", "alpha_dropout", "clone", "detach", "contiguous", "to", "_to_copy"),
     *("type_as", "nan_to_num", "zero", "rrelu", "float", "half", "double", "positive", "tanhshrink", "expm1", "log1p"),
 )
 def zero_to_zero(call: Call) -> list[Axes]:

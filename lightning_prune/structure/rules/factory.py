@@ -10,7 +10,8 @@ from lightning_prune.structure.rules.registry import rule
 @rule("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "empty_strided")
 def uniform(call: Call) -> list[Axes]:
     """The same value everywhere: any size would do, if only Python asks for it."""
-    return [tuple(Axis(call.labels.fresh(size), vanishes=False) for size in out.shape) for out in call.outputs]
+    zero = "zeros" in call.name
+    return [tuple(Axis(call.labels.fresh(size), zero) for size in out.shape) for out in call.outputs]
 
 
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "bernoulli.p")

@@ -223,7 +223,7 @@ def stack(call: Call) -> list[Axes]:
 
 @rule("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
 def split(call: Call) -> list[Axes]:
-    """Pieces of one dim. Equal pieces are coupled index to index, since Python may count them anew."""
+    """Pieces of one dim: equal ones are coupled index to index, others need numbers that say where they end."""
     source = call.inputs[0]
     axes = call.axes(source)
     dim = positive(call.arg(2, "dim", 0), source.dim())
@@ -231,15 +231,14 @@ def split(call: Call) -> list[Axes]:
     if axis is None:
         return [axes] * len(call.outputs)
     sizes = [out.shape[dim] for out in call.outputs]
-    if len(set(sizes)) == 1:
-        couple(call, axis.labels, len(sizes))
-    else:
+    pieces = np.split(axis.labels, np.cumsum(sizes)[:-1])
+    followed = "chunk" not in call.name and (call.known.note_cut(*pieces) | call.known.note_cut(axis.labels))
+    if len(set(sizes)) > 1 and not followed:
         call.pin(axis, "are split unevenly")
-    ends = np.cumsum(sizes)
-    return [
-        (*axes[:dim], Axis(axis.labels[end - size : end], axis.vanishes), *axes[dim + 1 :])
-        for size, end in zip(sizes, ends, strict=True)
-    ]
+    for size in set(sizes):
+        alike = [piece for piece in pieces if len(piece) == size]
+        couple(call, np.concatenate(alike), len(alike))
+    return [(*axes[:dim], Axis(piece, axis.vanishes), *axes[dim + 1 :]) for piece in pieces]
 
 
 @rule("pixel_shuffle")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
+import torch
 
 from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis, Ints
-from lightning_prune.structure.rules.registry import couple, fixed, positive, rule, shifted
+from lightning_prune.structure.rules.registry import couple, fixed, positive, rule, same, shifted, together
+
+FIXED_PARTNER = "are written beside positions that are fixed"
 
 
 @rule("slice")
 def cut_out(call: Call) -> list[Axes]:
-    """A stretch of one dim. One of several equal stretches is coupled with the others; else its ends must stay put."""
+    """A stretch of one dim: its ends follow a number of the module's, or it is one of equal stretches, or they stay."""
     source = call.inputs[0]
     axes = call.axes(source)
     dim = positive(call.arg(1, "dim", 0), source.dim())
@@ -22,7 +27,9 @@ def cut_out(call: Call) -> list[Axes]:
     start, stop = call.arg(2, "start"), call.arg(3, "end")
     first, last, _ = slice(start, stop).indices(size)
     length = last - first
-    if 1 < length < size and size % length == 0 and first % length == 0:
+    if _ends_follow(call, axis.labels, start, stop):
+        pass
+    elif 1 < length < size and size % length == 0 and first % length == 0:
         couple(call, axis.labels, size // length)
     else:
         _hold_ends(call, axis.labels, start, stop)
@@ -30,6 +37,22 @@ def cut_out(call: Call) -> list[Axes]:
     if step > 1:
         piece = _every(call, piece, axis, step)
     return [(*axes[:dim], Axis(piece, axis.vanishes), *axes[dim + 1 :])]
+
+
+def _ends_follow(call: Call, labels: Ints, start: int | None, stop: int | None) -> bool:
+    """Whether the module at work keeps the ends, counted from the front, as numbers."""
+    ends = [end for end in (start, stop) if end not in (None, 0, sys.maxsize)]
+    return bool(ends) and all(0 < end <= labels.size and call.known.note_cut(labels[:end]) for end in ends)
+
+
+@rule("alias")
+def whole(call: Call) -> list[Axes]:
+    """A slice that takes everything, as far as that is in the numbers of the module."""
+    axes = same(call)
+    for axis in axes:
+        if axis is not None:
+            call.known.note_cut(axis.labels)
+    return [axes]
 
 
 def _hold_ends(call: Call, labels: Ints, start: int | None, stop: int | None) -> None:
@@ -93,6 +116,21 @@ def index(call: Call) -> list[Axes]:
     together_ = looked_up == list(range(looked_up[0], looked_up[0] + len(looked_up))) if looked_up else True
     at = looked_up[0] if looked_up and together_ else 0
     return [(*rest[:at], *new, *rest[at:])]
+
+
+@rule("index_put")
+def index_put(call: Call) -> list[Axes]:
+    """Values written at places along the first dims; the other dims are shared with the values."""
+    target, where, values = call.args[0], list(call.arg(1, "indices")), call.arg(2, "values")
+    axes, given = call.axes(target), call.axes(values)
+    call.pin(tuple(axis for item in where if item is not None for axis in call.axes(item)), "are numbers of positions")
+    rest = target.dim() - sum(1 if item is None or item.dtype != torch.bool else item.dim() for item in where)
+    if any(item is None for item in where) or values.dim() < rest or values.shape[-rest:] != target.shape[-rest:]:
+        rest = 0
+    call.pin((*axes[: len(axes) - rest], *given[: len(given) - rest]), "are written by number")
+    pairs = list(zip(axes[len(axes) - rest :], given[len(given) - rest :], strict=True))
+    shared = [together(call, pair, all(axis and axis.vanishes for axis in pair), FIXED_PARTNER) for pair in pairs]
+    return [(*(None,) * (len(axes) - rest), *shared)]
 
 
 @rule("index_select")

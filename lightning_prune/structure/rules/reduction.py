@@ -98,3 +98,12 @@ def pool(call: Call) -> list[Axes]:
     for axis in axes[len(axes) - space :]:
         call.pin(axis, "are pooled")
     return [(*axes[: len(axes) - space], *(None,) * space)] * len(call.outputs)
+
+
+@rule("torchvision.roi_align", "torchvision.roi_pool")
+def region(call: Call) -> list[Axes]:
+    """A map's channels under boxes: ``(B, C, H, W)`` and ``(K, 5)`` to ``(K, C, h, w)``."""
+    source, boxes = call.inputs[:2]
+    batch, channels, *space = call.axes(source)
+    call.pin((batch, *space, *call.axes(boxes)), "are pooled under boxes")
+    return [(None, channels, None, None)] + [(None,) * out.dim() for out in call.outputs[1:]]

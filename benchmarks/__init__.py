@@ -1,0 +1,1 @@
+"""Measurements; each file says in its first lines how to repeat them."""
