@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks.loading import LoadPruned
     from lightning_prune.callbacks.magnitude import Magnitude
     from lightning_prune.callbacks.mask_sparsity import MaskSparsity
+    from lightning_prune.callbacks.monitor import PruningMonitor
     from lightning_prune.callbacks.structural import StructuralPruning
     from lightning_prune.callbacks.tpp import TPP
     from lightning_prune.errors import (
@@ -61,6 +62,7 @@ _HOMES = {
     "lightning_prune.callbacks.loading": ("LoadPruned",),
     "lightning_prune.callbacks.mask_sparsity": ("MaskSparsity",),
     "lightning_prune.callbacks.magnitude": ("Magnitude",),
+    "lightning_prune.callbacks.monitor": ("PruningMonitor",),
     "lightning_prune.callbacks.structural": ("StructuralPruning",),
     "lightning_prune.callbacks.tpp": ("TPP",),
     "lightning_prune.errors": (
@@ -100,6 +102,7 @@ __all__ = [
     "Proof",
     "ProofError",
     "PruningError",
+    "PruningMonitor",
     "PruningPlan",
     "SlimCheckpointMixin",
     "SlimFileError",

@@ -110,6 +110,15 @@ def configure(method: str, epochs: int = 3) -> list[str]:
     return ["plan", "--config", "base.yaml", "--config", "prune.yaml"]
 
 
+@pytest.mark.usefixtures("module")
+def test_a_preview_takes_what_waits_for_validation(capsys: pytest.CaptureFixture[str]) -> None:
+    command = configure("GReg1")
+    text = Path("prune.yaml").read_text().replace("monitor: val_loss", "monitor: val_loss, cut_when: safe")
+    Path("prune.yaml").write_text(text + "    - class_path: lightning_prune.PruningMonitor\n")
+    assert main(command) == 0
+    assert "net.0" in capsys.readouterr().out
+
+
 def written() -> set[str]:
     return {str(path) for path in Path().rglob("*") if path.is_file() and "__pycache__" not in path.parts}
 

@@ -57,7 +57,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.chdir(tmp_path)
     yield
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "tfevents" not in path.name]
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".ckpt", ".csv", ".pt2", ".yaml"}
+    known = {".json", ".html", ".safetensors", ".ckpt", ".csv", ".png", ".pt2", ".yaml"}
+    assert {path.suffix for path in files} <= known
 
 
 @pytest.mark.usefixtures("_elsewhere")

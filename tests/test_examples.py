@@ -38,7 +38,7 @@ def run(script: str, *args: str | Path) -> str:
 def demo(folder: Path, *options: str) -> tuple[dict[str, Any], dict[str, float]]:
     """The report and the accuracies that the demo ends in."""
     output = run("demo.py", "--out", folder, *options)
-    report = json.loads((folder / "prune_report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
     accuracy = {name: float(value) for name, value in re.findall(r"^  (\w.*?) +(\d\.\d{4})$", output, re.MULTILINE)}
     assert report["cost_after"]["macs"] <= 0.5 * report["cost_before"]["macs"]
     assert [latency["batch"] for latency in report["latency_after"]] == [1, 64]
@@ -84,7 +84,7 @@ def test_every_config_runs(config: Path, tmp_path: Path) -> None:
     files = ["-c", EXAMPLES / "configs" / "base.yaml"] + (["-c", config] if config.stem != "base" else [])
     run("train.py", "fit", *files, *SHORT, f"--trainer.logger.save_dir={tmp_path}")
     written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert ({"slim.safetensors", "prune_report.json"} <= written) == (config.stem != "base")
+    assert ({"slim.safetensors", "report.json"} <= written) == (config.stem != "base")
 
 
 def test_a_slim_file_begins_another_run(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_demo_on_two_processes(tmp_path: Path) -> None:
 
     files = [part for name in ("base", "ddp") for part in ("-c", EXAMPLES / "configs" / f"{name}.yaml")]
     output = run("train.py", "fit", *files, *SHORT, f"--trainer.logger.save_dir={tmp_path}")
-    (path,) = (path for path in tmp_path.rglob("prune_report.json") if path.parent.name != "demo")
+    (path,) = (path for path in tmp_path.rglob("report.json") if path.parent.name != "demo")
     other = json.loads(path.read_text())
     for part in ("layers", "unit", "cost_before", "cost_after", "monitor", "tolerance", "renormalised"):
         assert other[part] == report[part], part

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks.loading import LoadPruned
     from lightning_prune.callbacks.magnitude import Magnitude
     from lightning_prune.callbacks.mask_sparsity import MaskSparsity
+    from lightning_prune.callbacks.monitor import PruningMonitor
     from lightning_prune.callbacks.structural import StructuralPruning
     from lightning_prune.callbacks.tpp import TPP
 
@@ -26,6 +27,7 @@ _HOME = {
     "LoadPruned": "loading",
     "Magnitude": "magnitude",
     "MaskSparsity": "mask_sparsity",
+    "PruningMonitor": "monitor",
     "Regulariser": "base",
     "SlimCheckpointMixin": "checkpointing",
     "StructuralPruning": "structural",
@@ -40,6 +42,7 @@ __all__ = [
     "LoadPruned",
     "Magnitude",
     "MaskSparsity",
+    "PruningMonitor",
     "Regulariser",
     "SlimCheckpointMixin",
     "StructuralPruning",

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_prune.callbacks.neighbours import callbacks_of, is_keeper
+from lightning_prune.callbacks.watching import PruningCallback
 from lightning_prune.errors import ConfigurationError
 
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_current_fx", "_first_loop_iter")
@@ -43,19 +45,18 @@ class AccuracyColumns:
     def __init__(self, monitor: str | None) -> None:
         self.monitor = monitor
         self.values: dict[str, float] = {}
-        self._is_looking = False
 
     def complete(self) -> dict[str, float | None]:
         """All four columns; ``None`` where a value isn't known yet."""
         return {column: self.values.get(column) for column in ("dense", "before", "after", "finetuned")}
 
     def note(self, trainer: Trainer, column: str) -> bool:
-        """Take over what the validation that has just ended says, unless it is a sanity check or our own pass.
+        """Take over what the validation that has just ended says, unless it is a sanity check.
 
         Returns:
             Whether the column has been filled.
         """
-        if self.monitor is None or self._is_looking or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return False
         self.values[column] = self._known(trainer, read_metric(trainer, self.monitor))
         return True
@@ -66,13 +67,8 @@ class AccuracyColumns:
         Raises:
             ConfigurationError: validation doesn't log the metric.
         """
-        if self.monitor is None or not trainer.enable_validation:
-            return
-        self._is_looking = True
-        try:
+        if self.monitor is not None and trainer.enable_validation:
             self.values[column] = self._known(trainer, validation_pass(trainer, self.monitor))
-        finally:
-            self._is_looking = False
 
     def _known(self, trainer: Trainer, value: float | None) -> float:
         if value is None:
@@ -87,14 +83,15 @@ def read_metric(trainer: Trainer, monitor: str) -> float | None:
     return None if value is None else float(value)
 
 
-def validation_pass(trainer: Trainer, monitor: str) -> float | None:
+def validation_pass(trainer: Trainer, monitor: str, *, logs: bool = True) -> float | None:
     """Runs the whole validation set once and says what ``monitor`` is; the fit goes on as if nothing had happened.
 
-    Checkpoint and early-stopping callbacks don't see the pass; loggers do. All ranks have to call it together.
+    Checkpoint, early-stopping and pruning callbacks don't see the pass. All ranks have to call it together.
 
     Args:
         trainer: in the middle of ``fit``, between two batches.
         monitor: name of a metric that ``validation_step`` logs.
+        logs: whether the loggers see the pass.
 
     Returns:
         The metric, or ``None`` where there is no validation or it doesn't log that name.
@@ -104,7 +101,7 @@ def validation_pass(trainer: Trainer, monitor: str) -> float | None:
     loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
     with isolate_rng(), _put_back(connector, _METRICS), _put_back(loop, _LOOP), _put_back(trainer, _CLOCK):
         connector._callback_metrics.pop(monitor, None)
-        with _validating(trainer):
+        with _validating(trainer, logs):
             # A resumed loop would skip the batches that it believes to have seen.
             loop.restarting = False
             loop.run()
@@ -112,14 +109,17 @@ def validation_pass(trainer: Trainer, monitor: str) -> float | None:
 
 
 @contextmanager
-def _validating(trainer: Trainer) -> Iterator[None]:
-    stage, callbacks = trainer.state.stage, callbacks_of(trainer)
-    vars(trainer)["callbacks"] = [cb for cb in callbacks if not is_keeper(cb)]
+def _validating(trainer: Trainer, logs: bool) -> Iterator[None]:
+    stage, callbacks, loggers = trainer.state.stage, callbacks_of(trainer), trainer.loggers
+    hidden = (cb for cb in callbacks if not (is_keeper(cb) or isinstance(cb, PruningCallback)))
+    vars(trainer)["callbacks"] = list(hidden)
     trainer.validating = True
+    if not logs:
+        trainer.loggers = [DummyLogger() for _ in loggers]  # a validation_step may ask for the experiment
     try:
         yield
     finally:
-        trainer.state.stage, vars(trainer)["callbacks"] = stage, callbacks
+        trainer.state.stage, vars(trainer)["callbacks"], trainer.loggers = stage, callbacks, loggers
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from lightning_prune.callbacks.likeness import (
 )
 from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.callbacks.recalibration import RecentCalls, recalibrate_
+from lightning_prune.callbacks.targets import FAR
 from lightning_prune.callbacks.watching import check
 from lightning_prune.clusters import churn, representatives
 from lightning_prune.errors import ConfigurationError
@@ -212,6 +213,16 @@ class ASCP(Regulariser):
         means = self._means({name: p.detach() for name, p in self._parameters.items()})
         apart = torch._foreach_sub([self._parameters[name].detach() for name in means], list(means.values()))
         return _square(apart)
+
+    def apart(self) -> Tensor | None:
+        """Size of the channels over their distance to their clusters' means, in the median tensor."""
+        means = self._means({name: p.detach() for name, p in self._parameters.items()})
+        if not means:
+            return None
+        whole = [self._parameters[name].detach() for name in means]
+        sizes, ways = torch._foreach_norm(whole), torch._foreach_norm(torch._foreach_sub(whole, list(means.values())))
+        ratios = torch.stack([size.float() / way.float() for size, way in zip(sizes, ways, strict=True)])
+        return ratios.nanmedian().clamp_max(FAR)
 
     # The steps.
 

@@ -19,12 +19,14 @@ from lightning_prune.callbacks.budgeting import spend_together
 from lightning_prune.callbacks.dynamics import (
     dynamics_of,
     is_last_batch,
+    logs_after,
     refuse_frozen,
     refuse_misfit,
     refuse_sharded_state,
     stage_steps,
+    steps_until,
 )
-from lightning_prune.callbacks.inject import add_to_gradients_, add_to_loss_, quietly, shrink_, uses_loss
+from lightning_prune.callbacks.inject import Penalty, add_to_gradients_, add_to_loss_, quietly, shrink_, uses_loss
 from lightning_prune.callbacks.joining import holders_of, refuse_shared_groups
 from lightning_prune.callbacks.questions import Method
 from lightning_prune.callbacks.targets import parameters_of
@@ -52,6 +54,30 @@ class Timetable(NamedTuple):
 
     known: int
     length: int | None
+
+
+class Reading(NamedTuple):
+    """How a regulariser stands, for those who watch it; nobody has waited for the tensors.
+
+    Args:
+        label: its name in the logs.
+        phase: one of :data:`PHASES`.
+        strength: of the penalty.
+        energy: see :meth:`Regulariser.energy`; ``None`` right after a resume, before a batch.
+        penalty: value in the latest step, in units of the loss; ``None`` where there was none.
+        separation: see :meth:`Method.apart`; ``None`` before the pick.
+        steps_left: optimiser steps until it is ready; ``None`` where nobody can tell.
+        settled: whether it is known for good what goes.
+    """
+
+    label: str
+    phase: str
+    strength: float
+    energy: Tensor | None
+    penalty: Tensor | None
+    separation: Tensor | None
+    steps_left: int | None
+    settled: bool
 
 
 PHASES = ("wait", "pick", "grow", "hold", "ready", "done")
@@ -124,6 +150,33 @@ class Regulariser(Method):
             return self._remaining
         return self.left() / self._energy.to(self._targets[0].parameter.device).clamp_min(1e-30)
 
+    @torch.no_grad()
+    def reading(self) -> Reading:
+        """How it stands now; no host sync."""
+        is_aimed = bool(self._picked and self._targets)
+        is_known = is_aimed or self._phase not in ("grow", "hold", "ready")
+        return Reading(
+            self._label,
+            self._phase,
+            self._strength,
+            self.energy() if is_known else None,
+            self._value if self._acts else None,
+            self.apart() if is_aimed else None,
+            self._steps_left(),
+            self.settled(),
+        )
+
+    def _steps_left(self) -> int | None:
+        if self.ready or self.finished:
+            return 0
+        trainer, pl_module = self._run()
+        if self.epochs is not None:
+            first = self.first_epoch if self._has_begun else max(self.start, trainer.current_epoch)
+            return steps_until(trainer, first + self.epochs)
+        whole = self.steps_in_all() if self._has_begun else None
+        taken = (trainer.global_step if pl_module.automatic_optimization else self._ticks) - self._origin
+        return None if whole is None else max(0, whole - taken)
+
     def timetable(self, trainer: Trainer) -> Timetable | None:
         """When the sparse stage will do what, before it has begun; ``None`` afterwards.
 
@@ -160,6 +213,17 @@ class Regulariser(Method):
         """Rank 0's decision, on every rank; where one of them can't decide, all raise."""
         trainer = None if self._fit is None else self._fit[0]()
         return decide() if trainer is None else ranks.agreed(trainer, decide, self._label)
+
+    def close_epoch(self, trainer: Trainer) -> None:
+        """After an epoch's last batch: do what belongs to its end now, if that has not been done."""
+        if self._acts:
+            self._end_epoch(trainer)
+
+    def end_early(self) -> None:
+        """End the sparse stage now; surgery may follow. Only after a batch of this process."""
+        if self._acts and not self.ready:
+            ranks.run_together(self._run()[0], self._conclude, self._label)
+            self._phase = "ready"
 
     def release(self) -> None:
         """Surgery is done: fall silent and drop everything that belonged to the dense network."""
@@ -201,7 +265,7 @@ class Regulariser(Method):
             return
         self._advance(trainer, trainer.global_step)
         if self._acts and not self._decoupled and uses_loss(trainer, pl_module):
-            add_to_loss_(loss, self.penalty, trainer)
+            add_to_loss_(loss, self._penalise, trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the penalty to the gradients where it can't be in the loss; count the steps of manual optimisation."""
@@ -215,7 +279,7 @@ class Regulariser(Method):
             behind = optimizer is not self._keeper and self._ticked_in == batch
             self._advance(trainer, self._ticks - behind)
         if self._acts and not self._decoupled and not uses_loss(trainer, pl_module):
-            add_to_gradients_(self.penalty, optimizer, trainer)
+            add_to_gradients_(self._penalise, optimizer, trainer)
         if self._acts:
             with quietly(self._device):
                 self.before_step(optimizer)
@@ -238,7 +302,7 @@ class Regulariser(Method):
             self._phase = "ready"
         elif self._acts and is_last_batch(trainer, batch_idx):
             self._end_epoch(trainer)
-        if batch_idx == 0 or steps % trainer.log_every_n_steps == 0 or self._phase != self._logged:  # type: ignore[attr-defined]
+        if batch_idx == 0 or logs_after(trainer, steps) or self._phase != self._logged:
             self._log(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -427,11 +491,17 @@ class Regulariser(Method):
             if not self._acts:
                 return
             if self._decoupled:
-                shrink_(self.penalty, optimizer, self._device)
+                shrink_(self._penalise, optimizer, self._device)
             with quietly(self._device):
                 self.after_step(optimizer)
 
         return stepped
+
+    def _penalise(self) -> Penalty | None:
+        """The penalty, whose value is remembered for those who watch."""
+        found = self.penalty()
+        self._value = None if found is None else found.value
+        return found
 
     def _end_epoch(self, trainer: Trainer) -> None:
         """An epoch of the stage is over, or the whole stage: once each, whichever hook sees it first."""

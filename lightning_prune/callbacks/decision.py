@@ -50,17 +50,19 @@ class Decision(NamedTuple):
         return cls(removal, values["merges"], values["module"], *plans)
 
 
-def find_partners(trainer: Trainer) -> list[Regulariser]:
+def find_partners(trainer: Trainer, who: str = "StructuralPruning") -> list[Regulariser]:
     """The regularisers among a trainer's callbacks.
+
+    Args:
+        trainer: with all of its callbacks.
+        who: asks.
 
     Raises:
         ConfigurationError: there are none, or some remove channels and others single weights.
     """
     partners = [callback for callback in callbacks_of(trainer) if isinstance(callback, Regulariser)]
     if not partners:
-        raise ConfigurationError(
-            "StructuralPruning found no regulariser among the trainer's callbacks; add one, such as GReg1."
-        )
+        raise ConfigurationError(f"{who} found no regulariser among the trainer's callbacks; add one, such as GReg1.")
     if len({partner.granularity for partner in partners}) > 1:
         kinds = ", ".join(f"{type(partner).__name__} {partner.granularity!r}" for partner in partners)
         raise ConfigurationError(f"One run removes either channels or single weights: let granularity agree ({kinds}).")

@@ -52,6 +52,22 @@ def stage_steps(trainer: Trainer, epochs: int | None) -> int | None:
     return max(per_epoch * epochs, 2) if trainer.fast_dev_run else per_epoch * epochs  # type: ignore[attr-defined]
 
 
+def steps_until(trainer: Trainer, epoch: int) -> int | None:
+    """Optimiser steps from now to the beginning of an epoch, at least 0; ``None`` where batches don't tell."""
+    per_epoch = steps_per_epoch(trainer)
+    if per_epoch is None or not counts_batches(trainer):
+        return None
+    batches: int = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    taken = min(math.ceil(batches / trainer.accumulate_grad_batches), per_epoch)
+    return max(0, per_epoch * (epoch - trainer.current_epoch) - taken)
+
+
+def logs_after(trainer: Trainer, steps: int) -> bool:
+    """Whether the trainer's ``log_every_n_steps`` asks for a log entry after so many steps; 0 never does."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from afar
+    return bool(every) and steps % every == 0
+
+
 def is_last_batch(trainer: Trainer, batch_idx: int) -> bool:
     """Whether this training batch is the last one of its epoch."""
     return bool(trainer.is_last_batch) or batch_idx + 1 >= trainer.num_training_batches

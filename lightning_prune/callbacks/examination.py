@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,9 +16,11 @@ from lightning_prune.callbacks.ranks import on_first_rank, run_together
 from lightning_prune.errors import ProofError
 from lightning_prune.reports.cost import Cost, count_cost
 from lightning_prune.reports.latency import Latency, measure_latency
+from lightning_prune.reports.origin import commit
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.structure import Outcome, Plan, Proof, PruningPlan, SparsityPlan, prove
 from lightning_prune.structure.batches import resized
+from lightning_prune.structure.slim_file import stored_bytes
 
 SAMPLES = 16
 """How much of a batch the proof looks at."""
@@ -33,10 +35,11 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Look(NamedTuple):
-    """What a network costs, its latency at each batch size, and why any of that is missing."""
+    """What a network costs, its latency at each batch size, its size on disk, and why any of that is missing."""
 
     cost: Cost
     latency: tuple[Latency, ...]
+    stored: int
     warnings: tuple[str, ...]
 
 
@@ -100,6 +103,7 @@ def conclude(
     remarks: Sequence[str] = (),
     budgets: Sequence[Outcome] = (),
     round_to: int = 1,
+    config: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> PruningReport | None:
     """Look at the network after surgery and write everything down, on rank 0. Every rank has to call it.
 
@@ -112,7 +116,8 @@ def conclude(
         dense = seen.dense
         if dense is None:
             return None
-        slim = look(network, inputs, [latency.batch for latency in dense.latency])
+        slim = look(network, inputs, [latency.batch for latency in dense.latency], decision.plan)
+        measured = {latency.batch for latency in slim.latency}
         rows, cost, unit = _rows(decision.whole), slim.cost, "channels"
         if isinstance(decision.whole, SparsityPlan):
             zeros = sum(before - left for _, before, left in rows)
@@ -123,7 +128,7 @@ def conclude(
             unit=unit,
             cost_before=dense.cost,
             cost_after=cost,
-            latency_before=dense.latency if len(slim.latency) == len(dense.latency) else (),
+            latency_before=[latency for latency in dense.latency if latency.batch in measured],
             latency_after=slim.latency,
             monitor=monitor,
             error=0.0 if seen.proof is None else seen.proof.error,
@@ -132,6 +137,10 @@ def conclude(
             budgets=tuple(_counted(outcome, cost) for outcome in budgets),
             renormalised=decision.whole.renormalised if isinstance(decision.whole, PruningPlan) else (),
             warnings=tuple(dict.fromkeys((*remarks, *dense.warnings, *slim.warnings, *odd_widths))),
+            bytes_before=dense.stored,
+            bytes_after=slim.stored,
+            config=config or {},
+            commit=commit(),
         )
 
     return on_first_rank(trainer, write_down)
@@ -186,8 +195,15 @@ def _prove_zeros(network: nn.Module, plan: Plan) -> None:
             raise ProofError(f"{count} weights of {name!r} should be zero after surgery and are not.")
 
 
-def look(network: nn.Module, inputs: Inputs, batches: Sequence[int]) -> Look:
-    """Count and measure a network as it is. What can't be done is said: a report must not stop a training run."""
+def look(network: nn.Module, inputs: Inputs, batches: Sequence[int], plan: Plan | None = None) -> Look:
+    """Count and measure a network as it is. What can't be done is said: a report must not stop a training run.
+
+    Args:
+        network: dense or slim.
+        inputs: of a training batch.
+        batches: batch sizes at which to measure.
+        plan: that made it slim, where it has.
+    """
     args, kwargs = inputs
     parameters = sum(parameter.numel() for parameter in network.parameters())
     cost, latency, warnings = Cost(None, parameters), list[Latency](), []
@@ -195,11 +211,12 @@ def look(network: nn.Module, inputs: Inputs, batches: Sequence[int]) -> Look:
         cost = count_cost(network, args, kwargs or None)
     except Exception as error:
         warnings.append(f"MACs could not be counted: {_first_line(error)}.")
-    try:
-        latency = [measure_latency(network, args, kwargs or None, batch=batch) for batch in batches]
-    except Exception as error:
-        warnings.append(f"Latency could not be measured: {_first_line(error)}.")
-    return Look(cost, tuple(latency), tuple(warnings))
+    for batch in batches:
+        try:
+            latency.append(measure_latency(network, args, kwargs or None, batch=batch))
+        except Exception as error:
+            warnings.append(f"Latency could not be measured: {_first_line(error)}.")
+    return Look(cost, tuple(latency), stored_bytes(network, plan), tuple(warnings))
 
 
 def _first_line(error: Exception) -> str:

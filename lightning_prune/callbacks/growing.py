@@ -75,6 +75,10 @@ class Growing(Regulariser):
         """The length of the given constants."""
         return None if self._constants is None else int(self._constants.length)
 
+    def steps_in_all(self) -> int | None:
+        """To the first step for which :meth:`done` says so."""
+        return None if self._schedule is None else self._growth_end() + int(self._schedule.hold) + 1
+
     def growing(self, step: int) -> bool:
         """Whether the last event is still to come."""
         return step < self._growth_end()

@@ -126,6 +126,10 @@ class Magnitude(Regulariser):
         """Never before a step: channels go at the end of epochs."""
         return False
 
+    def settled(self) -> bool:
+        """After the last cut."""
+        return self._ended >= self.cuts[-1]
+
     def choose(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
         """The channels of least score, as many as the epochs that are over allow; those picked before among them."""
         share = max(1, sum(cut <= self._ended for cut in self.cuts)) / self.steps

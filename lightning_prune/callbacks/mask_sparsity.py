@@ -274,6 +274,10 @@ class MaskSparsity(Regulariser):
         """Nothing where a threshold says it: nobody knows yet how small the scales will be."""
         return {} if self.threshold is not None else self.choose(graph)
 
+    def settled(self) -> bool:
+        """As soon as the last mask is made."""
+        return bool(self._picked) and self._masked_at is not None and self._masked_at >= self._schedule.picks[-1]
+
     def growing(self, step: int) -> bool:
         """Until the hold begins."""
         return step < int(self._schedule.last_event)

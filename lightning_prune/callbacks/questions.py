@@ -18,7 +18,7 @@ from lightning_prune import structure
 from lightning_prune.callbacks.dynamics import dynamics_of
 from lightning_prune.callbacks.grains import GRAINS, Grain, refuse_for_weights
 from lightning_prune.callbacks.inject import Penalty
-from lightning_prune.callbacks.targets import Target, squared_norm
+from lightning_prune.callbacks.targets import Target, separation, squared_norm
 from lightning_prune.callbacks.watching import PruningCallback, check
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Dynamics
@@ -77,6 +77,7 @@ class Method(PruningCallback):
     _decoupled: bool
     _learning_rate: float | None  # at the stage's beginning
     _energy: Tensor | None  # the `whole` at the pick
+    _value: Tensor | None  # of the latest penalty
 
     def __init__(
         self,
@@ -165,6 +166,10 @@ class Method(PruningCallback):
         """Optimiser steps of the sparse stage, where constants say so and not ``epochs``."""
         return None
 
+    def steps_in_all(self) -> int | None:
+        """:meth:`steps_needed` by the stage that has begun: an early stop may have shortened it."""
+        return self.steps_needed()
+
     def known_after(self, schedule: Any, steps: int | None) -> int:
         """After how many optimiser steps of the stage it is known which channels go; after the first by default.
 
@@ -207,6 +212,10 @@ class Method(PruningCallback):
         """What :meth:`choose` would say now, for a preview; of a method that knows only later, as much as will go."""
         return self.choose(graph)
 
+    def settled(self) -> bool:
+        """Whether what has been picked is all that goes, and stays picked to the end of the stage."""
+        return bool(self._picked)
+
     def merges(self) -> dict[str, dict[int, int]]:
         """Group name to channel that goes to channel that stands for it afterwards; nothing is merged by default."""
         return {}
@@ -218,6 +227,10 @@ class Method(PruningCallback):
     def whole(self) -> Tensor:
         """What :meth:`left` is a fraction of, measured at the pick; what is left then by default."""
         return self.left()
+
+    def apart(self) -> Tensor | None:
+        """How far the picked channels stand apart from the others: size of a weight that stays over one that goes."""
+        return separation(self._targets)
 
     # The steps. All but `penalty` may change weights; none of them needs to think of autograd or autocast.
 
@@ -337,6 +350,7 @@ class Method(PruningCallback):
         self._keeper = None
         self._decoupled = False
         self._step = None
+        self._value = None
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -6,11 +6,13 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,6 +20,7 @@ from lightning_prune.callbacks.accuracy import AccuracyColumns
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.checkpointing import attach_, detach_, history
 from lightning_prune.callbacks.decision import Decision, decide, find_partners
+from lightning_prune.callbacks.dynamics import is_last_batch
 from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
 from lightning_prune.callbacks.finetune import FinetuneStage
 from lightning_prune.callbacks.horizon import (
@@ -29,9 +32,11 @@ from lightning_prune.callbacks.horizon import (
 from lightning_prune.callbacks.loading import bring_nothing_back_
 from lightning_prune.callbacks.neighbours import StopGuard, callbacks_of, go_on_averaging_, is_averaging
 from lightning_prune.callbacks.operation import held_parameters, operate_, refuse_orphans
+from lightning_prune.callbacks.outlook import is_settled, log_outlook, look_ahead, refuse_nothing_to_await
 from lightning_prune.callbacks.permanence import PermanentMask
 from lightning_prune.callbacks.publishing import Publisher
 from lightning_prune.callbacks.ranks import agreed, run_together
+from lightning_prune.callbacks.recording import Diary, configuration
 from lightning_prune.callbacks.watching import PruningCallback, reading_state
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.report import PruningReport
@@ -53,6 +58,10 @@ class StructuralPruning(PruningCallback):
     Args:
         at_epoch: epoch at whose start surgery takes place, whether the regularisers are ready or not; ``None`` waits
             until they are.
+        cut_when: ``"ready"`` goes by the regularisers' schedules; ``"safe"`` ends their stages as soon as the network
+            without what goes is as good, by ``monitor``, as the network with it. That is looked at when an epoch ends,
+            by two validation passes, from the pick on; at the latest surgery comes when it would have come anyway.
+        safe_change: by how much the metric may change at a ``"safe"`` cut, up or down, in its own units.
         monitor: metric that ``validation_step`` logs, for the report's accuracy columns; costs one validation pass
             right after surgery, and one at the beginning where the sparse stage begins with the first epoch.
         module: name of the pruned module inside the LightningModule; ``None`` finds it.
@@ -63,7 +72,8 @@ class StructuralPruning(PruningCallback):
             surgery; ``T_max``, ``total_steps`` or ``total_iters`` of -1 stands for all remaining steps.
         tolerance: largest relative difference between masked and slim network; ``None`` derives it from the dtype.
         latency_batches: batch sizes at which latency is measured before and after.
-        report_file: name of the report in the run's directory; ``None`` writes none.
+        report_file: name of the report in the run's directory; the same as a page stands beside it, under ``.html``.
+            ``None`` writes neither.
 
     Raises:
         ConfigurationError: an argument is out of range, or contradicts another or the trainer.
@@ -77,23 +87,37 @@ class StructuralPruning(PruningCallback):
         self,
         at_epoch: int | None = None,
         *,
+        cut_when: Literal["ready", "safe"] = "ready",
+        safe_change: float = 0.005,
         monitor: str | None = None,
         module: str | None = None,
         finetune: Literal["continue", "restart"] = "continue",
         finetune_optimizer: OptimizerCallable | None = None,
         finetune_scheduler: LRSchedulerCallable | None = None,
         tolerance: float | None = None,
-        latency_batches: Sequence[int] = (1,),
-        report_file: str | None = "prune_report.json",
+        latency_batches: Sequence[int] = (1, 64),
+        report_file: str | None = "report.json",
     ) -> None:
         super().__init__(module)
         if at_epoch is not None and at_epoch < 1:
             raise ConfigurationError(f"at_epoch={at_epoch} must be at least 1: something has to be trained before.")
+        if cut_when not in ("ready", "safe"):
+            raise ConfigurationError(f'cut_when={cut_when!r} is neither "ready" nor "safe".')
+        if cut_when == "safe" and monitor is None:
+            raise ConfigurationError('cut_when="safe" goes by a metric of validation; name it with monitor=....')
+        if not 0 <= safe_change < float("inf"):
+            raise ConfigurationError(f"safe_change={safe_change} must be a finite number of at least 0.")
         if tolerance is not None and not tolerance > 0:
             raise ConfigurationError(f"tolerance={tolerance} must be positive.")
+        if report_file is not None and Path(report_file).suffix.lower() in (".html", ".htm"):
+            raise ConfigurationError(
+                f"report_file={report_file!r} names the data, such as report.json; a page comes too."
+            )
         if any(size < 1 for size in latency_batches):
             raise ConfigurationError(f"latency_batches={list(latency_batches)} must be positive batch sizes.")
         self.at_epoch = at_epoch
+        self.cut_when = cut_when
+        self.safe_change = safe_change
         self.monitor = monitor
         self.finetune = finetune
         self.finetune_optimizer = finetune_optimizer
@@ -117,10 +141,12 @@ class StructuralPruning(PruningCallback):
         self._remaining = -1
         self._averaged = False  # before surgery, and by a schedule that ended there
         self._is_late = False
+        self._is_safe = False
         self._remainders: list[str] = []
         self._budgets: list[Outcome] = []
         self._dense: nn.Module | None = None
         self._columns = AccuracyColumns(self.monitor)
+        self._diary = Diary()
         self._report: PruningReport | None = None
 
     @property
@@ -160,12 +186,16 @@ class StructuralPruning(PruningCallback):
             raise ConfigurationError("A trainer takes one StructuralPruning; it serves all of the regularisers.")
         self._partners = find_partners(trainer)
         refuse_bad_times(trainer, self._partners, self.at_epoch)
+        if self.cut_when == "safe":
+            refuse_nothing_to_await(self._partners)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a resume behind surgery, build the finetune stage's optimiser before its state loads."""
         super().on_fit_start(trainer, pl_module)
         self._stage.check(trainer)
         if self.monitor is not None and not trainer.enable_validation:
+            if self.cut_when == "safe" and not self._done:
+                raise ConfigurationError('cut_when="safe" goes by validation, and this run has none.')
             rank_zero_warn(f"monitor={self.monitor!r} stays unknown, for this run has no validation.")
         if not self._done:
             self._guard.raise_(trainer)
@@ -204,9 +234,38 @@ class StructuralPruning(PruningCallback):
     def _is_due(self, trainer: Trainer) -> bool:
         if self._done:
             return False
-        if self.at_epoch is not None:
+        if self.at_epoch is not None and not self._is_safe:
             return trainer.current_epoch >= self.at_epoch
         return all(partner.ready for partner in self._partners)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """At an epoch's end: see whether it is safe to cut, before any checkpoint is written."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        is_asked = self.cut_when == "safe" and not self._done and is_last_batch(trainer, batch_idx)
+        if is_asked and another_epoch_starts(trainer, batch_idx + 1) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for partner in self._partners:
+                partner.close_epoch(trainer)  # whichever of us comes first in the list of callbacks
+            if not all(partner.ready for partner in self._partners) and all(map(is_settled, self._partners)):
+                self._end_if_safe(trainer, pl_module)
+
+    def _end_if_safe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the sparse stage if nothing worth keeping is left in what goes."""
+        decision = self._decide_together(trainer)
+        if decision is None or self.monitor is None:
+            return
+        seen = look_ahead(trainer, pl_module, decision, self.monitor)
+        log_outlook(pl_module, self.monitor, seen)
+        if not abs(seen.change) <= self.safe_change:
+            return
+        self._is_safe = True
+        for partner in self._partners:
+            partner.end_early()
+        rank_zero_info(
+            f"Safe to cut: {self.monitor} is {seen.masked:.4g} without what goes and {seen.whole:.4g} with it; surgery"
+            " comes before the next epoch."
+        )
 
     # Surgery.
 
@@ -222,7 +281,9 @@ class StructuralPruning(PruningCallback):
             self._dense = run_together(trainer, lambda: replica(network))
         else:
             seen = self._examine(trainer, network, decision.plan, inputs)
-        said = run_together(trainer, lambda: [partner.remainder() for partner in self._partners])
+        # what a safe cut leaves has been weighed already
+        asked = [] if self._is_safe else self._partners
+        said = run_together(trainer, lambda: [partner.remainder() for partner in asked])
         self._remainders = [sentence for sentence in said if sentence is not None]
         for sentence in self._remainders:
             rank_zero_warn(sentence)
@@ -274,7 +335,8 @@ class StructuralPruning(PruningCallback):
             return
         network = submodule(pl_module, self._decision.module)
         multiple = math.gcd(*(partner.multiple for partner in self._partners))
-        rest = self.monitor, tuple(self._remainders), tuple(self._budgets), multiple
+        config = configuration(trainer, [*self._partners, self])
+        rest = self.monitor, tuple(self._remainders), tuple(self._budgets), multiple, config
         self._report = conclude(trainer, network, self._decision, inputs, seen, *rest)
         self._publish(trainer)
         if self._report is not None and trainer.is_global_zero:
@@ -299,11 +361,25 @@ class StructuralPruning(PruningCallback):
         self._dense = None
         self._conclude(trainer, pl_module, inputs, self._examine(trainer, dense, decision.plan, inputs))
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write down how the methods stand, before a checkpoint is written that has to know."""
+        super().on_validation_start(trainer, pl_module)
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if is_last and not (trainer.sanity_checking or self._done) and trainer.state.fn == TrainerFn.FITTING:
+            self._diary.note_epoch(trainer, self._partners)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same where no validation came at the epoch's end."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if not self._done:
+            self._diary.note_epoch(trainer, self._partners)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the accuracy column that this validation belongs to."""
         super().on_validation_end(trainer, pl_module)
         column = "finetuned" if self._done else "dense" if self._is_dense() else "before"
         if self._columns.note(trainer, column):
+            self._diary.note_validation(trainer, self._columns.values[column], self._done)
             self._publish(trainer)
 
     def _is_dense(self) -> bool:
@@ -312,7 +388,9 @@ class StructuralPruning(PruningCallback):
     def _publish(self, trainer: Trainer) -> None:
         """Write the report with the accuracy known so far."""
         if self._report is not None:
-            self._report = replace(self._report, accuracy=self._columns.complete())
+            moments, validations = self._diary.moments, self._diary.validations
+            accuracy = self._columns.complete()
+            self._report = replace(self._report, accuracy=accuracy, history=moments, validations=validations)
         self._publisher.write(trainer, self._report)
 
     # The end.
@@ -347,10 +425,12 @@ class StructuralPruning(PruningCallback):
         return {
             **super().state_dict(),
             "done": self._done,
+            "safe": self._is_safe,
             "remaining": self._remaining,
             "averaged": self._averaged,
             "decision": self._saved_decision(),
             "accuracy": dict(self._columns.values),
+            "diary": self._diary.plain(),
             "report": None if self._report is None else self._report.to_json(),
         }
 
@@ -360,9 +440,11 @@ class StructuralPruning(PruningCallback):
         with reading_state(type(self).__name__):
             self._done, self._remaining = bool(state_dict["done"]), int(state_dict["remaining"])
             self._averaged = bool(state_dict.get("averaged", False))
+            self._is_safe = bool(state_dict.get("safe", False))
             saved = state_dict["decision"]
             self._decision = None if saved is None else Decision.from_plain(saved)
             self._columns.values = dict(state_dict["accuracy"])
+            self._diary.restore(state_dict.get("diary", {}))
             report = state_dict["report"]
             self._report = None if report is None else PruningReport.from_json(report)
 

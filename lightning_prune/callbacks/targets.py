@@ -33,6 +33,10 @@ class Target:
         return whole
 
 
+FAR = 1e6
+"""What a separation is cut off at; zeros would be infinitely far from the rest."""
+
+
 def aim(
     channels: Mapping[str, Sequence[int]],
     groups: Mapping[str, ChannelGroup],
@@ -80,4 +84,27 @@ def squared_norm(targets: Sequence[Target]) -> Tensor:
     """Squared norm of everything that the targets' masks cover."""
     weights = [target.parameter.detach() for target in targets]
     parts = torch._foreach_norm(torch._foreach_mul(weights, [target.union() for target in targets]))
-    return torch.stack([part.float() for part in parts]).square().sum()
+    return _stacked(parts).square().sum()
+
+
+def separation(targets: Sequence[Target]) -> Tensor:
+    r"""How far what the targets' masks cover stands apart from the rest, in the median tensor; at most :data:`FAR`.
+
+    .. math:: \sqrt{\frac{\lVert W_{stays} \rVert^2 / N_{stays}}{\lVert W_{goes} \rVert^2 / N_{goes}}}
+
+    >>> weight = nn.Parameter(torch.tensor([[3.0, 3.0], [0.5, -0.5]]))
+    >>> separation([Target(weight, {"0": torch.tensor([[0.0], [1.0]])})])
+    tensor(6.)
+    """
+    weights, masks = [target.parameter.detach() for target in targets], [target.union() for target in targets]
+    sizes = [float(weight.numel()) for weight in weights]
+    shares = [size / mask.numel() for size, mask in zip(sizes, masks, strict=True)]
+    count = _stacked(torch._foreach_mul(torch._foreach_norm([mask.float() for mask in masks], 1), shares))
+    rest = _stacked(torch._foreach_add(list((-count).unbind()), sizes))
+    goes = _stacked(torch._foreach_norm(torch._foreach_mul(weights, masks))).square()
+    stays = (_stacked(torch._foreach_norm(weights)).square() - goes).clamp_min(0)
+    return ((stays / rest) / (goes / count)).sqrt().nanmedian().clamp_max(FAR)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([part.float() for part in parts])

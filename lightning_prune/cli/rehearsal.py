@@ -68,6 +68,12 @@ class Rehearsal(Callback):
             raise ConfigurationError("The run ended before its first batch was done; nothing can be said.")
         return replace(self._seen, dense_ms=_fastest(self._dense), sparse_ms=_fastest(self._penalised))
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """What a validation would decide isn't decided here: there is none."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it from afar
+            if isinstance(callback, StructuralPruning):
+                callback.cut_when = "ready"
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the stages, with the steps that an epoch has on all processes of the real run."""
         loop, processes = trainer.fit_loop, self._processes

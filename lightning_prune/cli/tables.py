@@ -14,7 +14,7 @@ from rich.table import Table
 from lightning_prune.cli.preview import Preview, Stage
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports import PruningReport, surgery_table
-from lightning_prune.reports.tables import count, percent
+from lightning_prune.reports.wording import count, percent
 from lightning_prune.structure import Plan, SparsityPlan
 
 _NAMED = 2

@@ -2,8 +2,10 @@
 
 from lightning_prune.reports.cost import Cost, count_cost
 from lightning_prune.reports.export import Export, export
+from lightning_prune.reports.history import Moment, Validation
+from lightning_prune.reports.html import report_html, write_html
 from lightning_prune.reports.latency import Latency, measure_latency
-from lightning_prune.reports.report import PruningReport
+from lightning_prune.reports.report import PruningReport, Speed
 from lightning_prune.reports.tables import surgery_table
 from lightning_prune.reports.trainability import mean_jacobian_singular_value
 
@@ -11,10 +13,15 @@ __all__ = [
     "Cost",
     "Export",
     "Latency",
+    "Moment",
     "PruningReport",
+    "Speed",
+    "Validation",
     "count_cost",
     "export",
     "mean_jacobian_singular_value",
     "measure_latency",
+    "report_html",
     "surgery_table",
+    "write_html",
 ]

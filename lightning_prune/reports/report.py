@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports.cost import Cost
+from lightning_prune.reports.history import Moment, Validation, finite
 from lightning_prune.reports.latency import Latency
 from lightning_prune.structure.budget import Outcome
 
@@ -22,11 +22,14 @@ STAGES = ("dense", "before", "after", "finetuned")
 UNITS = {
     "budgets": "asked and reached, of the whole network: MACs per sample, parameters, or milliseconds per batch",
     "accuracy": "the monitored metric: dense, just before surgery, right after surgery, finetuned",
+    "bytes": "of the network's weights in a file, without its header",
     "error": "largest difference between masked and pruned network, relative to the largest output",
+    "history": "one entry per method and epoch of the sparse stage; strength, penalty in units of the loss",
     "layers": "name, number before, number after; channels or weights, as unit says",
     "latency": "milliseconds per batch: median and interquartile range",
     "macs": "multiply-adds per sample, counted by fvcore; single weights save some with sparse kernels only",
     "parameters": "number of parameters; of single weights those that the mask keeps",
+    "speed": "latency before over latency after (measured), MACs before over MACs after (theoretical), their quotient",
 }
 
 
@@ -44,6 +47,26 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How much faster the slim network is.
+
+    Args:
+        batch: samples in the batch.
+        measured: latency before over latency after.
+        theoretical: MACs before over MACs after; ``None`` where they could not be counted.
+    """
+
+    batch: int
+    measured: float
+    theoretical: float | None
+
+    @property
+    def share(self) -> float | None:
+        """Measured over theoretical: 1 where every multiply-add less saves its time."""
+        return None if self.theoretical is None else self.measured / self.theoretical
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,12 @@ class PruningReport:
         renormalised: layers behind which a norm now runs over fewer channels than the masked network's did.
         warnings: one sentence each.
         versions: package name -> version.
+        bytes_before: size of the dense network's weights in a file without its header; ``None`` where unknown.
+        bytes_after: of the slim network's; of single weights with bitmaps and kept values alone.
+        history: how the methods stood at the end of each epoch of the sparse stage.
+        validations: the metric at every validation.
+        config: name of a callback, the trainer or an optimiser -> argument -> value, all that JSON can hold.
+        commit: of the repository that the run was started in; ``None`` where there is none.
 
     Raises:
         ConfigurationError: ``accuracy`` knows another stage, ``unit`` is another, or the latencies were taken at
@@ -95,6 +124,12 @@ class PruningReport:
     renormalised: Sequence[str] = ()
     warnings: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=versions)
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    history: Sequence[Moment] = ()
+    validations: Sequence[Validation] = ()
+    config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    commit: str | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.accuracy) - set(STAGES))
@@ -106,14 +141,24 @@ class PruningReport:
         if batches[0] != batches[1]:
             raise ConfigurationError(f"Latency was taken at batches {batches[0]} before and {batches[1]} after.")
         # Lists and tuples would not compare equal after a round trip through JSON.
-        for name in ("latency_before", "latency_after", "budgets", "renormalised", "warnings"):
+        lists = ("latency_before", "latency_after", "budgets", "renormalised", "warnings", "history", "validations")
+        for name in lists:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "layers", tuple((name, int(old), int(new)) for name, old, new in self.layers))
-        object.__setattr__(self, "accuracy", {stage: _finite(self.accuracy.get(stage)) for stage in STAGES})
+        object.__setattr__(self, "accuracy", {stage: finite(self.accuracy.get(stage)) for stage in STAGES})
+
+    @property
+    def speed(self) -> tuple[Speed, ...]:
+        """Measured and theoretical speed-up, one per batch size."""
+        macs = self.cost_before.macs, self.cost_after.macs
+        theoretical = macs[0] / macs[1] if macs[0] and macs[1] else None
+        pairs = zip(self.latency_before, self.latency_after, strict=True)
+        return tuple(Speed(old.batch, old.median_ms / new.median_ms, theoretical) for old, new in pairs)
 
     def to_json(self) -> str:
         """Sorted, indented, with a format number and the units."""
-        values = {"format": FORMAT, "units": UNITS, **asdict(self)}
+        speed = [{**asdict(each), "share": each.share} for each in self.speed]
+        values = {"format": FORMAT, "units": UNITS, **asdict(self), "speed": speed}
         return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
@@ -127,28 +172,32 @@ class PruningReport:
         found = values.pop("format", None)
         if found != FORMAT:
             raise ConfigurationError(f"This is a pruning report of format {found}; only {FORMAT} can be read.")
-        del values["units"]
+        for derived in ("units", "speed"):
+            values.pop(derived, None)
         for name in ("cost_before", "cost_after"):
             values[name] = Cost(**{**values[name], "uncounted": tuple(values[name]["uncounted"])})
         for name in ("latency_before", "latency_after"):
             values[name] = [Latency(**latency) for latency in values[name]]
         values["budgets"] = [Outcome(**outcome) for outcome in values.get("budgets", ())]
+        values["history"] = [Moment(**moment) for moment in values.get("history", ())]
+        values["validations"] = [Validation(**validation) for validation in values.get("validations", ())]
         return cls(**values)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; a reader sees the old file or the new one, never a part."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(path, self.to_json())
 
 
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file at once: a reader sees the old one or the new one, never a part."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -6,8 +6,7 @@ from rich.table import Table
 
 from lightning_prune.reports.latency import Latency
 from lightning_prune.reports.report import PruningReport
-
-_NAMED_OPERATORS = 6
+from lightning_prune.reports.wording import count, difference, metric, milliseconds, percent, uncounted
 
 
 def surgery_table(report: PruningReport) -> Table:
@@ -34,7 +33,7 @@ def surgery_table(report: PruningReport) -> Table:
     )
     for dense, slim in zip(report.latency_before, report.latency_after, strict=True):
         change = percent(dense.median_ms, slim.median_ms)
-        table.add_row(f"latency, batch {dense.batch}, ms", _milliseconds(dense), _milliseconds(slim), change)
+        table.add_row(f"latency, batch {dense.batch}, ms", _time(dense), _time(slim), change)
     if report.monitor is not None:
         table.add_section()
         for label, first, second in (
@@ -42,12 +41,12 @@ def surgery_table(report: PruningReport) -> Table:
             ("before -> after surgery", "before", "after"),
         ):
             values = report.accuracy[first], report.accuracy[second]
-            table.add_row(f"{report.monitor}, {label}", *map(_metric, values), _difference(*values))
+            table.add_row(f"{report.monitor}, {label}", *map(metric, values), difference(*values))
     return table
 
 
 def _caption(report: PruningReport) -> str:
-    lines = [f"MACs: multiply-adds, counted by fvcore{_uncounted(report.cost_after.uncounted)}."]
+    lines = [f"MACs: multiply-adds, counted by fvcore{uncounted(report.cost_after.uncounted)}."]
     if report.latency_after:
         latency = report.latency_after[0]
         lines.append(f"Latency: median (interquartile range) on {latency.device}, {latency.threads} thread(s).")
@@ -62,44 +61,5 @@ def _caption(report: PruningReport) -> str:
     return "\n".join([*lines, *report.warnings])
 
 
-def _uncounted(operators: tuple[str, ...]) -> str:
-    if not operators:
-        return ""
-    names = [operator.removeprefix("aten::") for operator in operators]
-    more = f" and {len(names) - _NAMED_OPERATORS} more" if len(names) > _NAMED_OPERATORS else ""
-    return f" without {', '.join(names[:_NAMED_OPERATORS])}{more}"
-
-
-def count(number: float | None) -> str:
-    """A number in units that people read.
-
-    >>> count(4_089_284_608), count(12), count(None)
-    ('4.089 G', '12', '?')
-    """
-    if number is None:
-        return "?"
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number:.0f}"
-
-
-def percent(old: float | None, new: float | None) -> str:
-    """Change from one number to another.
-
-    >>> percent(4, 3), percent(None, 3)
-    ('-25.0 %', '')
-    """
-    return f"{100 * (new - old) / old:+.1f} %" if old and new is not None else ""
-
-
-def _milliseconds(latency: Latency) -> str:
-    return f"{latency.median_ms:.3g} ({latency.iqr_ms:.2g})"
-
-
-def _metric(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4f}"
-
-
-def _difference(old: float | None, new: float | None) -> str:
-    return "" if old is None or new is None else f"{new - old:+.4f}"
+def _time(latency: Latency) -> str:
+    return milliseconds(latency.median_ms, latency.iqr_ms)

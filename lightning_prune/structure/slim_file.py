@@ -68,6 +68,24 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **m
         raise SlimFileError(f"The slim file can't be written to {os.fspath(path)}: {error}.") from error
 
 
+def stored_bytes(model: nn.Module, plan: Plan | None = None) -> int:
+    """Bytes that a model's weights take in a slim file, its header left out.
+
+    Args:
+        model: dense or slim.
+        plan: of single weights that are zero; of them bitmap and kept values are stored.
+
+    >>> stored_bytes(nn.Linear(8, 4))
+    144
+    """
+    tensors = _stored(model)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if isinstance(plan, SparsityPlan):
+        for name, bits in plan.kept.items():
+            total += len(bits.packed) - (bits.size - len(bits)) * tensors[name].element_size()
+    return total
+
+
 def read_slim_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Plan, signature, versions and metadata of a slim file, without its weights.
 

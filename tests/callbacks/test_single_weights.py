@@ -484,7 +484,7 @@ def test_the_report_speaks_of_weights(tmp_path: Path) -> None:
     )
     assert report.cost_after.macs == report.cost_before.macs
     assert report.cost_before.parameters - report.cost_after.parameters == 432 + 432 + 24 + 162
-    assert PruningReport.from_json((tmp_path / "prune_report.json").read_text()) == report
+    assert PruningReport.from_json((tmp_path / "report.json").read_text()) == report
     console = Console(width=150, file=io.StringIO(), color_system=None)
     console.print(surgery_table(report))
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]

@@ -246,7 +246,7 @@ def test_the_report_is_printed_and_written(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert printed.count("From dense to slim") == 1
     assert all(word in printed for word in ("channels", "conv1", "MACs", "parameters", "latency", "val_acc"))
-    written = PruningReport.from_json((tmp_path / "lightning_logs/version_0/prune_report.json").read_text())
+    written = PruningReport.from_json((tmp_path / "lightning_logs/version_0/report.json").read_text())
     assert written == surgery.report
     assert written.layers == (("net.conv1", 8, 4),)
     assert written.cost_after.macs < written.cost_before.macs
@@ -259,7 +259,7 @@ def test_without_a_monitor_nothing_is_validated_more_often(tmp_path: Path) -> No
     result = run(tmp_path, num_sanity_val_steps=0)
     assert len(result.watch.validations) == 4
     assert set(result.surgery.report.accuracy.values()) == {None}
-    assert json.loads((tmp_path / "prune_report.json").read_text())["monitor"] is None
+    assert json.loads((tmp_path / "report.json").read_text())["monitor"] is None
 
 
 def test_a_report_that_cant_be_written_stops_nothing(tmp_path: Path) -> None:
