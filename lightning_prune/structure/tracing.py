@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,19 @@ from lightning_prune.structure.replica import arguments, replica, to_device
 from lightning_prune.structure.watch import Watcher
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Copies make so many objects at once that the collector would go through all of torch's again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | None = None) -> ChannelGraph:
     """Watch one forward pass and find which channels hang together.
 
