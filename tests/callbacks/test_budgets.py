@@ -379,7 +379,7 @@ def test_the_clock_decides_what_is_fast() -> None:
 def test_odd_widths_are_told_where_they_cost_speed(widths: Any, times: Any, is_told: bool) -> None:
     rows = [(str(number), 80, width) for number, width in enumerate(widths)]
     dense, slim = (
-        Look(Cost(macs, 10), (Latency(time, 0.1, 8, "cpu", 1, 5),), ())
+        Look(Cost(macs, 10), (Latency(time, 0.1, 8, "cpu", 1, 5),), stored=1000, warnings=())
         for macs, time in zip((200, 100), times, strict=True)
     )
     found = awkward(dense, slim, rows)
