@@ -35,12 +35,12 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Look(NamedTuple):
-    """What a network costs, its latency at each batch size, its size on disk, and why any of that is missing."""
+    """What a network costs, its latency at each batch size, why any of that is missing, and its bytes on disk."""
 
     cost: Cost
     latency: tuple[Latency, ...]
-    stored: int
     warnings: tuple[str, ...]
+    stored: int | None = None
 
 
 class Examination(NamedTuple):
@@ -118,6 +118,7 @@ def conclude(
             return None
         slim = look(network, inputs, [latency.batch for latency in dense.latency], decision.plan)
         measured = {latency.batch for latency in slim.latency}
+        dense = dense._replace(latency=tuple(each for each in dense.latency if each.batch in measured))
         rows, cost, unit = _rows(decision.whole), slim.cost, "channels"
         if isinstance(decision.whole, SparsityPlan):
             zeros = sum(before - left for _, before, left in rows)
@@ -128,7 +129,7 @@ def conclude(
             unit=unit,
             cost_before=dense.cost,
             cost_after=cost,
-            latency_before=[latency for latency in dense.latency if latency.batch in measured],
+            latency_before=dense.latency,
             latency_after=slim.latency,
             monitor=monitor,
             error=0.0 if seen.proof is None else seen.proof.error,
@@ -216,7 +217,7 @@ def look(network: nn.Module, inputs: Inputs, batches: Sequence[int], plan: Plan 
             latency.append(measure_latency(network, args, kwargs or None, batch=batch))
         except Exception as error:
             warnings.append(f"Latency could not be measured: {_first_line(error)}.")
-    return Look(cost, tuple(latency), stored_bytes(network, plan), tuple(warnings))
+    return Look(cost, tuple(latency), tuple(warnings), stored_bytes(network, plan))
 
 
 def _first_line(error: Exception) -> str:
