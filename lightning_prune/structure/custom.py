@@ -16,7 +16,7 @@ from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.call import OWN, Call, Rule, tensors_in
 from lightning_prune.structure.labels import Axes
 from lightning_prune.structure.plan import plain_name
-from lightning_prune.structure.probe import Prober
+from lightning_prune.structure.probe import Listener, Prober
 from lightning_prune.structure.rules import RULES
 from lightning_prune.structure.rules.flow import Flow
 from lightning_prune.structure.watch import Watcher, rule_for
@@ -211,7 +211,7 @@ def _operator_of(kind: type[nn.Module]) -> ModuleOperator | None:
 
 
 def _at_work(operator: ModuleOperator, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(_get_current_dispatch_mode(), (Watcher, Prober)):  # inside another such module, say
+    if not isinstance(_get_current_dispatch_mode(), (Watcher, Listener, Prober)):  # inside another such module, say
         return operator.module.forward(module, *args, **kwargs)
     named: Mapping[str, Any] = {**kwargs, OWN: operator.own(module), _RUN: module}
     with _pop_mode_temporarily() as mode:

@@ -236,7 +236,8 @@ class Prober(TorchDispatchMode):
 
     def _computed(self, func: Any, args: Any, kwargs: Any, record: Record) -> Any:
         """The result of an operator; where the values of its channels are of no interest, only its shape."""
-        if self.dense is None or not self._changing_along((*record.inputs, *record.outputs)):
+        plain = isinstance(func, torch._ops.OpOverload)
+        if self.dense is None or not plain or not self._changing_along((*record.inputs, *record.outputs)):
             return compute(func, args, kwargs)
         try:
             shaped = compute(func, *on_meta(*to_device((args, kwargs), "meta")))
