@@ -91,6 +91,37 @@ except Exception:
     print("swallowed")
 """
 
+WATCHFUL = """
+import argparse
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning_prune import GReg1, StructuralPruning
+from {module} import Data, Net
+
+
+class Scheduled(Net):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {{"optimizer": optimizer, "lr_scheduler": {{"scheduler": plateau, "monitor": "val_loss"}}}}
+
+
+class Phases(Callback):
+    def on_train_batch_end(self, *_):
+        with open("phases.txt", "a") as file:
+            file.write(pull.phase + " ")
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--ratio", type=float)
+pull = GReg1(parser.parse_args().ratio, epochs=4)
+callbacks = [pull, StructuralPruning(monitor="val_loss"), EarlyStopping("val_loss"), Phases()]
+Trainer(max_epochs=9, accelerator="cpu", callbacks=callbacks).fit(Scheduled(), Data())
+"""
+
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
@@ -144,7 +175,9 @@ def test_a_configured_run_is_previewed(method: str, module: str, capsys: pytest.
 
 
 def test_people_get_tables(module: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(configure("GReg1", epochs=6)) == 0
+    """Also where ``fit`` is said, as to the script."""
+    plan, *configs = configure("GReg1", epochs=6)
+    assert main([plan, "fit", *configs]) == 0
     shown = capsys.readouterr().out
     assert "What would go" in shown and "pinned: net.7. Its channels are the network's output." in shown
     assert "Stages" in shown and "finetune" in shown and "A training batch takes" in shown
@@ -159,6 +192,18 @@ def test_a_script_is_previewed_on_one_process(module: str, capsys: pytest.Captur
     assert (stage["steps_per_epoch"], stage["steps"]) == (2, 6)
     assert "swallowed" not in caught.err
     assert not Path("runs").exists() and not Path("lightning_logs").exists()
+
+
+def test_what_waits_for_validation_stops_no_preview(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Epochs of four batches end in it; a stage that begins at once is held back until dense batches are timed."""
+    Path("watchful.py").write_text(WATCHFUL.format(module=module))
+    assert main(["plan", "--script", "watchful.py", "--json", "--", "--ratio", "0.25"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {row["name"]: (row["before"], row["after"]) for row in shown["rows"]}["net.0"] == (8, 6)
+    (stage,) = shown["stages"]
+    assert (stage["start"], stage["steps"]) == (0, 16)
+    phases = Path("phases.txt").read_text().split()
+    assert len(phases) == 21 and phases[:11] == ["wait"] * 11 and "wait" not in phases[11:]
 
 
 def test_single_weights_are_previewed(module: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,6 +299,7 @@ def test_from_a_plan_to_onnx(module: str, capsys: pytest.CaptureFixture[str]) ->
         (["plan", "--script", "none.py"], 2, "There is no script none.py"),
         (["plan", "diff", "none.json", "none.json"], 2, "There is no file none.json"),
         (["inspect", "none.safetensors"], 2, "There is no file none.safetensors"),
+        (["inspect", "foreign.json/plan.json"], 2, "foreign.json/plan.json"),
         (["inspect", "foreign.json"], 1, "This is not a pruning plan"),
         (["inspect", "binary.json"], 1, "binary.json is no plan"),
         (["export", "foreign.safetensors", "--model", "torch.nn.ReLU", "--input", "1", "--out", "x"], 1, "slim file"),

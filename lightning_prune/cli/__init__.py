@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status: int = asked.run(asked, rest)
-    except (PruningError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except (PruningError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         sys.stderr.write(f"lightning-prune: error: {error}\n")
         return 2 if isinstance(error, OSError) else 1
     except BrokenPipeError:  # the reader of our output has gone, as head does

@@ -69,11 +69,14 @@ def _preview_of_run(asked: argparse.Namespace, rest: Sequence[str]) -> Preview:
     from lightning_prune.cli.rehearsal import Over, rehearsing
 
     configs = [part for config in asked.config for part in ("--config", config)]
+    rest = list(rest[1:] if rest[:1] == ["--"] else rest)
+    if rest[:1] == ["fit"] and (configs or not asked.script):
+        del rest[0]  # copied from the command that trains
     sys.path.insert(0, str(Path(asked.script).resolve().parent) if asked.script else "")
     with rehearsing(asked.batch or (1,)) as found:
         try:
             if asked.script:
-                _run_script(asked.script, ["fit", *configs, *rest] if configs else list(rest))
+                _run_script(asked.script, ["fit", *configs, *rest] if configs else rest)
             else:
                 _run_configured(["fit", *configs, *rest])
         except Over:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_prune.callbacks.base import Regulariser, Timetable
@@ -27,6 +27,9 @@ from lightning_prune.reports.silence import silence
 
 WARM, TIMED = 2, 8
 """Batches that are run before the clock counts, and those that it counts; once dense, once penalised."""
+
+NEVER = 10**9
+"""An epoch that no rehearsal comes to."""
 
 
 class Over(BaseException):
@@ -73,6 +76,8 @@ class Rehearsal(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it from afar
             if isinstance(callback, StructuralPruning):
                 callback.cut_when = "ready"
+            elif isinstance(callback, EarlyStopping):
+                callback.strict = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the stages, with the steps that an epoch has on all processes of the real run."""
@@ -80,12 +85,17 @@ class Rehearsal(Callback):
         if processes > 1 and loop.max_batches != math.inf:
             loop.max_batches = math.ceil(loop.max_batches / processes)
         _without_surgery_(trainer)
+        for scheduler in trainer.lr_scheduler_configs:
+            scheduler.strict = False  # ReduceLROnPlateau waits for a metric of validation
         epoch = steps_per_epoch(trainer)
         for partner in find_partners(trainer):
             self._stages.append(_stage(trainer, partner, partner.timetable(trainer), epoch))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock."""
+        """Start the clock; no sparse stage begins before the dense batches are timed."""
+        if self._seen is None:
+            for partner in find_partners(trainer):
+                partner.start = NEVER
         self._began = _now(pl_module)
 
     def on_train_batch_end(
