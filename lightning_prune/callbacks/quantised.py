@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -9,6 +10,8 @@ from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.plan import plain_name
 
 _HOMES = ("torch.ao.nn.", "torch.ao.quantization", "torch.nn.quantized", "torch.nn.qat", "torchao.", "bitsandbytes.")
+_PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)
+"""What weights are packed into; 64 bits are positions, booleans are masks."""
 
 
 def quantised_part(module: nn.Module) -> tuple[str, str] | None:
@@ -59,8 +62,7 @@ def refuse_all_quantised(module: nn.Module) -> None:
 
 
 def _is_packed(tensor: Tensor) -> bool:
-    counts = not tensor.is_floating_point() and not tensor.is_complex()
-    return tensor.is_quantized or is_traceable_wrapper_subclass(tensor) or counts
+    return tensor.is_quantized or is_traceable_wrapper_subclass(tensor) or tensor.dtype in _PACKED
 
 
 def _kind(tensor: Tensor) -> str:

@@ -207,6 +207,25 @@ def test_quantised_networks(kind: str, granularity: str, named: bool) -> None:
     refused(match, Task(build()), method, StructuralPruning(), loader=feature_loader(2))
 
 
+class Placed(nn.Module):
+    """Positions and a mask as parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = nn.Parameter(torch.arange(6), requires_grad=False)
+        self.mask = nn.Parameter(torch.ones(6, dtype=torch.bool), requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, self.order] * self.mask
+
+
+def test_positions_and_masks_are_not_quantised() -> None:
+    surgery = StructuralPruning(latency_batches=(), report_file=None)
+    task = Classifier(nn.Sequential(Placed(), linear_net()))
+    trainer(Magnitude(0.5), surgery, max_epochs=2).fit(task, feature_loader(2))
+    assert surgery.plan is not None
+
+
 class Distilled(Twins):
     """A quantised teacher beside the network in training."""
 
