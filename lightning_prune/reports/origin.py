@@ -22,7 +22,7 @@ def commit(folder: str | os.PathLike[str] | None = None) -> str | None:
     >>> commit("/") is None
     True
     """
-    where, git = Path.cwd() if folder is None else Path(folder), shutil.which("git")
+    where, git = Path(folder or "."), shutil.which("git")
     if git is None:
         return None
     found = _ask(git, where, "rev-parse", "--verify", "HEAD")

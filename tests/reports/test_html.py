@@ -170,6 +170,10 @@ def test_the_commit_is_gits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert clean is not None and len(clean) == 40
     (tmp_path / "file").write_text("two")
     assert commit(tmp_path) == clean + "+"
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert commit() is None
     monkeypatch.setenv("PATH", "")
     assert commit(tmp_path) is None  # no git
 
