@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_prune.callbacks import (
     ascp,
     base,
+    budgeting,
     capture,
     examination,
     mask_sparsity,
@@ -44,7 +45,7 @@ GROWTH = GReg1Schedule(0.1, 0.8, 2, 5, stop_ratio=1e6, check_every=2)
 METHODS: dict[str, Callable[[], Any]] = {
     "ascp": lambda: ASCP(0.5, epochs=2),
     "greg": lambda: GReg1(0.5, schedule=GROWTH),
-    "macs": lambda: MaskSparsity(macs=0.5, epochs=2),
+    "budget": lambda: MaskSparsity(budget={"macs": 0.5}, epochs=2),
     "magnitude": lambda: Magnitude(0.5, epochs=1),
     "mask_sparsity": lambda: MaskSparsity(0.5, epochs=2, penalize_bias=False, fold_constant=True),
     "tpp": lambda: TPP(0.5, epochs=2),
@@ -59,7 +60,7 @@ POINTS: dict[str, tuple[str, Any, str]] = {
     "scores at an epoch's end": ("magnitude", Magnitude, "smallest"),
     "clustering": ("ascp", ascp, "cluster"),
     "recalibrating": ("ascp", recalibration, "_statistics"),
-    "counting": ("macs", MaskSparsity, "_within_macs"),
+    "counting": ("budget", budgeting, "spend"),
     "measuring": ("mask_sparsity", MaskSparsity, "_largest"),
     "folding": ("mask_sparsity", mask_sparsity, "find_fold"),
     "concluding": ("tpp", TPP, "conclude"),
