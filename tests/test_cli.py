@@ -206,6 +206,16 @@ def test_what_waits_for_validation_stops_no_preview(module: str, capsys: pytest.
     assert len(phases) == 21 and phases[:11] == ["wait"] * 11 and "wait" not in phases[11:]
 
 
+@pytest.mark.usefixtures("module")
+def test_a_surgery_with_a_date_of_its_own_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    command = configure("GReg1", epochs=3)
+    text = Path("prune.yaml").read_text().replace("monitor: val_loss", "at_epoch: 7")
+    Path("prune.yaml").write_text(text)
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sparse │ 2 to 6 │ 20 │" in shown and "finetune │ 7 to the end │ 8 │" in shown
+
+
 def test_single_weights_are_previewed(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("weights.yaml").write_text(PRUNE.format(method="GReg1", epochs="6, granularity: weight"))
     assert main(["plan", "-c", "base.yaml", "-c", "weights.yaml", "--json"]) == 0

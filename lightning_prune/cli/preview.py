@@ -23,10 +23,10 @@ class Stage:
     Args:
         method: its class.
         start: epoch in which its sparse stage begins.
-        epochs: of that stage, where it is given in epochs.
+        epochs: of that stage to surgery, where either is given in epochs.
         steps_per_epoch: optimiser steps of an epoch; ``None`` where the loader doesn't tell.
         known_after: optimiser steps of the stage after which it is known what goes.
-        steps: optimiser steps of the stage.
+        steps: optimiser steps of the stage to surgery.
         total_steps: optimiser steps of the whole run.
     """
 

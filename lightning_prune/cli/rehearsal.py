@@ -84,12 +84,12 @@ class Rehearsal(Callback):
         loop, processes = trainer.fit_loop, self._processes
         if processes > 1 and loop.max_batches != math.inf:
             loop.max_batches = math.ceil(loop.max_batches / processes)
-        _without_surgery_(trainer)
+        at_epoch = _without_surgery_(trainer)
         for scheduler in trainer.lr_scheduler_configs:
             scheduler.strict = False  # ReduceLROnPlateau waits for a metric of validation
         epoch = steps_per_epoch(trainer)
         for partner in find_partners(trainer):
-            self._stages.append(_stage(trainer, partner, partner.timetable(trainer), epoch))
+            self._stages.append(_stage(trainer, partner, partner.timetable(trainer), epoch, at_epoch))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock; no sparse stage begins before the dense batches are timed."""
@@ -130,8 +130,13 @@ class Rehearsal(Callback):
         return preview_of(graph, whole, plan, smallest, inputs, tuple(self._stages), self._batches)
 
 
-def _stage(trainer: Trainer, partner: Regulariser, table: Timetable | None, epoch: int | None) -> Stage:
-    length = None if table is None else table.length
+def _stage(
+    trainer: Trainer, partner: Regulariser, table: Timetable | None, epoch: int | None, at_epoch: int | None
+) -> Stage:
+    length, epochs = None if table is None else table.length, partner.epochs
+    if at_epoch is not None:
+        epochs = max(0, at_epoch - partner.start)
+        length = None if epoch is None else epochs * epoch
     total = None
     if epoch is not None and trainer.max_epochs is not None and trainer.max_epochs > 0:
         total = epoch * trainer.max_epochs
@@ -140,7 +145,7 @@ def _stage(trainer: Trainer, partner: Regulariser, table: Timetable | None, epoc
     return Stage(
         method=type(partner).__name__,
         start=partner.start,
-        epochs=partner.epochs,
+        epochs=epochs,
         steps_per_epoch=epoch,
         known_after=None if table is None else table.known,
         steps=length,
@@ -148,10 +153,13 @@ def _stage(trainer: Trainer, partner: Regulariser, table: Timetable | None, epoc
     )
 
 
-def _without_surgery_(trainer: Trainer) -> None:
+def _without_surgery_(trainer: Trainer) -> int | None:
+    """Put surgery off for good; gives the epoch in which the real run has it, where the user says so."""
+    asked = None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it from afar
         if isinstance(callback, StructuralPruning):
-            callback.at_epoch = 10**9
+            asked, callback.at_epoch = callback.at_epoch, NEVER
+    return asked
 
 
 def _fastest(times: list[float]) -> float | None:
