@@ -227,6 +227,9 @@ def test_single_weights_are_previewed(module: str, capsys: pytest.CaptureFixture
 def test_what_the_run_would_refuse_is_refused(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*configure("GReg1", epochs=7), "--trainer.max_epochs", "9"]) == 1
     assert "raise the trainer's max_epochs" in capsys.readouterr().err
+    for strategy in ("fsdp", "deepspeed_stage_2"):
+        assert main([*configure("GReg1"), "--trainer.strategy", strategy, "--trainer.devices", "2"]) == 1
+        assert "can't change shapes under" in capsys.readouterr().err
     assert main(["plan", "-c", "base.yaml"]) == 1
     assert "no regulariser among the trainer's callbacks" in capsys.readouterr().err
 

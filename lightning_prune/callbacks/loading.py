@@ -57,7 +57,7 @@ class LoadPruned(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the module slim, once."""
         if stage == "fit":
-            refuse_sharded_parameters(trainer, self)
+            refuse_sharded_parameters(type(trainer.strategy), self)
         run_together(trainer, lambda: self._slim(trainer, pl_module), "LoadPruned")
         attach_(pl_module)
 

@@ -53,7 +53,7 @@ class PruningCallback(Callback, ABC):
         """Refuse strategies that shard parameters, and share the capture of the first pruning callback."""
         if stage != "fit":
             return
-        refuse_sharded_parameters(trainer, self)
+        refuse_sharded_parameters(type(trainer.strategy), self)
         partners = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
         first = partners[0] if self in partners else self
         if first is self:
@@ -131,16 +131,15 @@ def configured_(pl_module: LightningModule) -> LightningModule:
     return pl_module
 
 
-def refuse_sharded_parameters(trainer: Trainer, callback: Callback) -> None:
-    """Refuse a strategy under which no rank has the whole of a parameter.
+def refuse_sharded_parameters(strategy: type, callback: Callback) -> None:
+    """Refuse a class of strategies under which no rank has the whole of a parameter.
 
     Raises:
         ConfigurationError: in that case.
     """
-    strategy = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+    if not issubclass(strategy, (SingleDeviceStrategy, DDPStrategy)) or issubclass(strategy, DeepSpeedStrategy):
         raise ConfigurationError(
-            f"{type(callback).__name__} can't change shapes under {type(strategy).__name__}; use one device or DDP."
+            f"{type(callback).__name__} can't change shapes under {strategy.__name__}; use one device or DDP."
         )
 
 

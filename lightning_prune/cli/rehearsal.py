@@ -16,11 +16,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lightning_prune.callbacks.base import Regulariser, Timetable
 from lightning_prune.callbacks.decision import find_partners, plan_of, rooted
 from lightning_prune.callbacks.dynamics import steps_per_epoch
 from lightning_prune.callbacks.structural import StructuralPruning
+from lightning_prune.callbacks.watching import refuse_sharded_parameters
 from lightning_prune.cli.preview import Preview, Stage, preview_of
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports.silence import silence
@@ -50,11 +52,13 @@ class Rehearsal(Callback):
     Args:
         batches: batch sizes at which latency is measured.
         processes: that the real run has.
+        strategy: its class.
     """
 
-    def __init__(self, batches: Sequence[int], processes: int) -> None:
+    def __init__(self, batches: Sequence[int], processes: int, strategy: type) -> None:
         self._batches = tuple(batches)
         self._processes = processes
+        self._strategy = strategy
         self._stages: list[Stage] = []
         self._dense: list[float] = []
         self._penalised: list[float] = []
@@ -72,7 +76,8 @@ class Rehearsal(Callback):
         return replace(self._seen, dense_ms=_fastest(self._dense), sparse_ms=_fastest(self._penalised))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """What a validation would decide isn't decided here: there is none."""
+        """Refuse what the real run would; what a validation would decide isn't decided here: there is none."""
+        refuse_sharded_parameters(self._strategy, find_partners(trainer)[0])
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it from afar
             if isinstance(callback, StructuralPruning):
                 callback.cut_when = "ready"
@@ -188,7 +193,7 @@ def rehearsing(batches: Sequence[int]) -> Iterator[Outcome]:
 
     @functools.wraps(make)
     def quiet(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        processes = _processes(kwargs)
+        processes, strategy = _processes(kwargs), _strategy(kwargs.get("strategy"))
         kwargs |= {
             "devices": 1,
             "num_nodes": 1,
@@ -203,11 +208,11 @@ def rehearsing(batches: Sequence[int]) -> Iterator[Outcome]:
             "callbacks": [each for each in _listed(kwargs.get("callbacks")) if not isinstance(each, _SAVING)],
         }
         make(self, *args, **kwargs)
-        self.rehearsed_processes = processes  # type: ignore[attr-defined]  # ours, until the fit
+        self.rehearsed = processes, strategy  # type: ignore[attr-defined]  # ours, until the fit
 
     @functools.wraps(fit)
     def short(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        rehearsal = Rehearsal(batches, getattr(self, "rehearsed_processes", 1))
+        rehearsal = Rehearsal(batches, *getattr(self, "rehearsed", (1, SingleDeviceStrategy)))
         self.callbacks.append(rehearsal)  # type: ignore[attr-defined]  # Lightning sets it from afar
         try:
             fit(self, *args, **{**kwargs, "ckpt_path": None})
@@ -251,3 +256,11 @@ def _processes(kwargs: dict[str, Any]) -> int:
         devices = int(devices) if devices.lstrip("-").isdigit() else devices.split(",") if "," in devices else 1
     count = devices if isinstance(devices, int) else len(devices) if isinstance(devices, (list, tuple)) else 1
     return max(1, count) * nodes
+
+
+def _strategy(asked: Any) -> type:
+    """The class that a trainer's argument stands for; what it would find by itself shards nothing."""
+    if isinstance(asked, str):
+        found: type = StrategyRegistry[asked]["strategy"] if asked in StrategyRegistry else SingleDeviceStrategy
+        return found
+    return SingleDeviceStrategy if asked is None else type(asked)
