@@ -30,7 +30,16 @@ from lightning_prune.structure.numbers import Fault
 from lightning_prune.structure.plan import Member, named_tensors
 from lightning_prune.structure.replica import quiet_room, to_device
 from lightning_prune.structure.surgery import Cut, Cuts, resize_
-from lightning_prune.structure.watch import UNSEEN, compute, on_meta, open_up, operator_name, rule_for, scalars_of
+from lightning_prune.structure.watch import (
+    UNSEEN,
+    Constants,
+    compute,
+    on_meta,
+    open_up,
+    operator_name,
+    rule_for,
+    scalars_of,
+)
 
 Values = dict[int, list[Tensor]]
 
@@ -69,7 +78,7 @@ def _values(
 ) -> Values:
     """What the dense network computes, wherever channels that may go are read and none are written."""
     ends = Listener({number for number, record in enumerate(records) if _ends(record, free)})
-    with quiet_room(), ends:
+    with quiet_room(), Constants(), ends:
         model(*args, **kwargs)
     return ends.values
 
@@ -97,7 +106,7 @@ def _try(
     failure = ""
     with quiet_room():
         try:
-            with prober:
+            with Constants(), prober:
                 trial(*args, **kwargs)
         except Exception as error:  # the user's own checks may raise anything
             failure = " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,12 +7,14 @@ pins what it reads. The pass runs on tensors without memory where the model allo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,7 +45,7 @@ class Watcher(TorchDispatchMode):
                 module.register_forward_hook(self._leaving, always_call=True)
         for tensor in tensors_in(pytree.tree_leaves((args, kwargs))):
             self.known.remember(tensor, (None,) * tensor.dim(), from_data=True)
-        with quiet_room(), self:
+        with quiet_room(), Constants(), self:
             output = self.model(*args, **kwargs)
         self.known.settle_live()
         # what was returned, or left behind on a module, keeps its channels
@@ -156,7 +158,44 @@ def on_meta(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return pytree.tree_map(move, args), pytree.tree_map(move, kwargs)
 
 
+#: Whole numbers among the arguments of these are no sizes of what they return: values, places and kernels.
+_NO_SIZES = re.compile(
+    r"(new_)?full(_like)?|scalar_tensor|arange|linspace|fill|add(b?mm|mv)|baddbmm|tril|triu|diagonal|select|kthvalue|"
+    r"roll|(avg|max)_pool[123]d(_with_indices)?"
+)
+
+
 def scalars_of(func: Any, args: Any, kwargs: Any) -> tuple[float, ...]:
-    """Numbers that enter an operator's arithmetic; whole ones only for pointwise operators, else they are sizes."""
-    kinds = (int, float) if torch.Tag.pointwise in func.tags else (float,)
-    return tuple(float(a) for a in (*args, *kwargs.values()) if isinstance(a, kinds) and not isinstance(a, bool))
+    """Numbers that enter an operator's arithmetic, or a tensor that Python makes; elsewhere whole ones are sizes."""
+    name = operator_name(func)
+    if name == "lift_fresh":
+        return () if args[0].is_meta else tuple(map(_number, args[0].flatten().tolist()))
+    whole = torch.Tag.pointwise in func.tags or _NO_SIZES.fullmatch(name.removesuffix("_"))
+    kinds = (int, float) if whole else (float,)
+    given = [*args, *kwargs.values()]
+    if whole and "full" not in name:  # the first list of those is a shape
+        given = [item for arg in given for item in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    return tuple(_number(a) for a in given if isinstance(a, kinds) and not isinstance(a, bool))
+
+
+def _number(value: Any) -> Any:
+    """A number that is equal to itself."""
+    return None if value != value else value
+
+
+class Constants(TorchFunctionMode):
+    """Tensors that Python makes of numbers keep their values until an operator has read them, on any device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.new_tensor and args[0].is_meta:
+            kwargs = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
+            func, args = torch.tensor, args[1:]
+        device = kwargs.get("device")
+        numbers = func in _OF_NUMBERS and bool(args) and not isinstance(args[0], Tensor)
+        if numbers and device is not None and torch.device(device).type == "meta":
+            return func(*args, **{**kwargs, "device": "cpu"}).to(device)
+        return func(*args, **kwargs)
+
+
+_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)

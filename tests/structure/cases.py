@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from tests.structure import cases_attention, cases_heads, cases_layers, cases_python, cases_traps, cases_wiring
+from tests.structure import (
+    cases_attention,
+    cases_constants,
+    cases_heads,
+    cases_layers,
+    cases_python,
+    cases_traps,
+    cases_wiring,
+)
 from tests.structure.case_table import CASES, Case
 
-ROOMS = (cases_attention, cases_heads, cases_layers, cases_python, cases_traps, cases_wiring)
+ROOMS = (cases_attention, cases_constants, cases_heads, cases_layers, cases_python, cases_traps, cases_wiring)
 
 __all__ = ["CASES", "ROOMS", "Case"]
