@@ -170,6 +170,8 @@ def scalars_of(func: Any, args: Any, kwargs: Any) -> tuple[float, ...]:
     name = operator_name(func)
     if name == "lift_fresh":
         return () if args[0].is_meta else tuple(map(_number, args[0].flatten().tolist()))
+    if name == "group_norm":
+        return (args[1],)
     whole = torch.Tag.pointwise in func.tags or _NO_SIZES.fullmatch(name.removesuffix("_"))
     kinds = (int, float) if whole else (float,)
     given = [*args, *kwargs.values()]

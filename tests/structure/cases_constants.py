@@ -123,3 +123,18 @@ class CountsTwice(nn.Module):
         h = self.fc(x).relu()
         out = self.left(h[..., : self.split_dim]) + self.right(h[..., self.split_dim :])
         return out + self.use(x, self.split_dim)
+
+
+@case((2, 6, 4, 4), name="GroupsByWidth", shrinks=False)
+@case((2, 6, 4, 4), name="GroupsWrittenDown", groups=4)
+class GroupsByWidth(nn.Module):
+    """A norm with a group for every four channels: with fewer channels it would have fewer groups."""
+
+    def __init__(self, groups: int | None = None) -> None:
+        super().__init__()
+        self.conv, self.head, self.groups = nn.Conv2d(6, 16, 1), nn.Conv2d(16, 3, 1), groups
+        self.weight, self.bias = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        return self.head(F.group_norm(h, self.groups or h.shape[1] // 4, self.weight, self.bias).relu())
