@@ -304,7 +304,8 @@ def _scalars(record: Record, args: Any) -> tuple[float, ...]:
 
 
 def _named(record: Record) -> str:
-    return f"{record.operator} ({record.where or 'the model itself'})"
+    operator = "a new tensor" if record.operator == "lift_fresh" else record.operator
+    return f"{operator} ({record.where or 'the model itself'})"
 
 
 def _stand_in(func: Any, args: Any, kwargs: Any, shapes: list[tuple[int, ...]]) -> Any:
