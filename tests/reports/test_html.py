@@ -161,6 +161,7 @@ def test_writing_replaces_the_page_and_leaves_no_other(tmp_path: Path) -> None:
 
 
 def test_the_commit_is_gits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))  # which may lie in a checkout
     assert commit(tmp_path) is None  # no repository
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@e"]
     (tmp_path / "file").write_text("one")
