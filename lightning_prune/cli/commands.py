@@ -18,6 +18,7 @@ from lightning_prune.cli.models import dense_model
 from lightning_prune.cli.preview import Preview, preview_of
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports import export as export_
+from lightning_prune.reports.report import write_text
 from lightning_prune.structure import Plan, PruningPlan, choose, load_slim, prune_, save_slim, trace
 from lightning_prune.structure.slim_file import read_slim_header, read_slim_plan
 from lightning_prune.structure.sparsity import plan_from_json
@@ -36,7 +37,7 @@ def plan(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     else:
         raise ConfigurationError("Say what to preview: --config or --script of a run, or --model with --input.")
     if asked.out:
-        _write(asked.out, preview.plan.to_json())
+        write_text(asked.out, preview.plan.to_json() + "\n")
     if asked.json:
         sys.stdout.write(preview.to_json())
     else:
@@ -187,7 +188,3 @@ def _plan_at(path: str) -> Plan:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no file {path}.") from error
     return plan_from_json(text)
-
-
-def _write(path: str, text: str) -> None:
-    Path(path).write_text(text + "\n", encoding="utf-8")

@@ -89,8 +89,9 @@ def _costs(preview: Preview) -> Table:
     for dense, slim in zip(preview.latency_before, preview.latency_after, strict=True):
         change = percent(dense.median_ms, slim.median_ms)
         table.add_row(f"latency, batch {dense.batch}, ms", f"{dense.median_ms:.3g}", f"{slim.median_ms:.3g}", change)
-    table.caption = "least: with one channel left of every group that takes part"
-    table.caption_justify = "left"
+    if least is not None:
+        table.caption = "least: with one channel left of every group that takes part"
+        table.caption_justify = "left"
     return table
 
 
