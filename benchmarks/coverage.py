@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.engine_speed import probed
 from benchmarks.machine import machine
 from lightning_prune.structure import choose, pick, prune_, trace
 from tests.structure import oracle
@@ -59,7 +60,8 @@ def ours(entry: Entry) -> None:
     before = widths(model), oracle.parameter_count(model)
     signal.alarm(LIMIT)
     started = time.process_time()
-    graph = trace(model, inputs)
+    with probed() as taken:
+        graph = trace(model, inputs)
     traced = time.process_time()
     plan = choose(graph, RATIO, scope="all")
     chosen = time.process_time()
@@ -69,7 +71,8 @@ def ours(entry: Entry) -> None:
     resumed = time.process_time()
     prune_(model, plan)
     seconds = time.process_time() - resumed + chosen - started
-    say(seconds=seconds, trace=traced - started, groups=len(graph.groups), **shrunk(model, *before))
+    say(seconds=seconds, trace=traced - started, probe=sum(taken), groups=len(graph.groups))
+    say(**shrunk(model, *before))
     judged(entry, lambda net: prune_(net, plan), lambda net: prune_(net, mixed))
 
 

@@ -107,18 +107,28 @@ def timed(name: str, engines: list[str], rounds: int) -> None:
 
 def probing(model: nn.Module, picture: Tensor) -> float:
     """Processor seconds of a trace that are spent in the probe."""
-    taken: dict[str, list[float]] = {}
+    with probed() as taken:
+        trace(model, picture)
+    return sum(taken)
+
+
+@contextmanager
+def probed() -> Iterator[list[float]]:
+    """Note the processor seconds that the probe takes of every trace in a block."""
+    taken: list[float] = []
 
     def watched(*args: Any) -> Any:
-        with seconds(taken):
+        started = time.process_time()
+        try:
             return probe.probe(*args)
+        finally:
+            taken.append(time.process_time() - started)
 
     tracing.probe, plain = watched, tracing.probe
     try:
-        trace(model, picture)
+        yield taken
     finally:
         tracing.probe = plain
-    return sum(taken.get("cpu", [0.0]))
 
 
 def remembered(name: str, engine: str) -> None:
