@@ -1,146 +1,41 @@
-"""Write ``docs/coverage.md`` from the results in ``benchmarks/results``.
+"""Write ``docs/coverage.md`` and ``docs/benchmarks.md`` from the results in ``benchmarks/results``.
 
 python -m benchmarks.tables
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-TOLERANCE = 1e-9
-OURS, THEIRS = "lightning_prune", "torch_pruning"
+from benchmarks.pages import RESULTS, ROOT, Section, accuracy, coverage, overhead, speed, trainability
 
+PARTS: tuple[Section | str, ...] = (
+    overhead.SECTION,
+    speed.SECTION,
+    accuracy.ABOUT,
+    *accuracy.SECTIONS,
+    trainability.SECTION,
+)
+"""Of ``docs/benchmarks.md``, in their order; each section says by itself whether it has been measured."""
 
-def exact(row: dict[str, Any]) -> str:
-    """The judge's verdict in a few words."""
-    if "late" in row:
-        return "no end within 60 s" if row["late"] == "engine" else "not judged in time"
-    if "crash" in row:
-        return f"fails: {row['crash'].partition(':')[0]}"
-    if "wrong" in row:
-        words = row["wrong"].partition(":")[2 if not row["wrong"].startswith("does not run") else 0] or row["wrong"]
-        return "does not run" if row["wrong"].startswith("does not run") else f"wrong:{words}".strip()[:60]
-    if "judged" not in row:
-        return "not judged"
-    if row["left"] == 1:
-        return "nothing goes"
-    return "yes" if row["error"] <= TOLERANCE else f"wrong by {row['error']:.0e}"
+HEAD = """# Benchmarks
+
+Made by `python -m benchmarks.tables` from the JSON files in `benchmarks/results`; no number is typed, and a test makes
+the page again. Each section has the command that repeats it and the device and versions that it ran on. Ties and
+losses are printed as they are.
+"""
 
 
-def line(cells: Iterable[object]) -> str:
-    """A row of a table."""
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def number(row: dict[str, Any], key: str, form: str) -> str:
-    """A value of a row, where there is one."""
-    return format(row[key], form) if key in row else ""
-
-
-def on(found: dict[str, str]) -> str:
-    """The machine in a sentence."""
-    packages = ", ".join(f"{name} {version}" for name, version in found.items() if name != "cpu")
-    return f"{found['cpu']}; {packages}."
-
-
-def coverage() -> list[str]:
-    """The zoo."""
-    whole = json.loads((RESULTS / "coverage.json").read_text())
-    rows = {(row["engine"], row["model"]): row for row in whole["rows"]}
-    names = list(dict.fromkeys(row["model"] for row in whole["rows"]))
-    text = [
-        "## The zoo",
-        "",
-        "`python -m benchmarks.coverage`: every network and engine in a process of its own, one thread, at most 60 s; "
-        "ratio 0.5, residual streams included. *Exact*: the judge of the tests finds the slim network equal to the "
-        "masked dense one. *Layers*: share of the convolutions and linear layers that shrink. *Left*: share of the "
-        "parameters. *Seconds*: of the processor for trace, choice and surgery. TP: Torch-Pruning.",
-        "",
-        on(whole["machine"]),
-        "",
-        *summary(rows, names),
-        "",
-        line(("network", "exact", "groups", "layers", "left", "seconds", "TP: exact", "TP: left", "TP: seconds")),
-        line(("---", "---", "---:", "---:", "---:", "---:", "---", "---:", "---:")),
-    ]
-    for name in names:
-        mine, other = rows.get((OURS, name), {}), rows.get((THEIRS, name))
-        cells = [exact(mine), number(mine, "groups", "d"), number(mine, "layers", ".0%"), number(mine, "left", ".3f")]
-        cells.append(number(mine, "seconds", ".2f"))
-        cells += ["", "", ""] if other is None else [exact(other), number(other, "left", ".3f")]
-        cells += [] if other is None else [number(other, "seconds", ".2f")]
-        text.append(line((name, *cells)))
-    failed = [(name, row) for name in names if (row := rows.get((OURS, name))) and exact(row) != "yes"]
-    text += ["", "Networks of which this library's result is not exact and smaller:", ""] if failed else []
-    text += [f"- {name}: {exact(row)}. {row.get('wrong', row.get('crash', ''))}".rstrip() for name, row in failed]
-    return text
-
-
-def summary(rows: dict[tuple[str, str], dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """How many are exact, and medians."""
-    text = [line(("engine", "networks", "exact and smaller", "median left", "median seconds"))]
-    text.append(line(("---", "---:", "---:", "---:", "---:")))
-    for engine in (OURS, THEIRS):
-        own = [rows[engine, name] for name in names if (engine, name) in rows]
-        good = [row for row in own if exact(row) == "yes"]
-        if good:
-            medians = (statistics.median(row[key] for row in good) for key in ("left", "seconds"))
-            text.append(line((engine, len(own), len(good), *(f"{value:.3f}" for value in medians))))
-    return text
-
-
-def speed() -> list[str]:
-    """The five, and the zoo's median."""
-    whole = json.loads((RESULTS / "engine_speed.json").read_text())
-    text = [
-        "",
-        "## Speed and memory",
-        "",
-        "`python -m benchmarks.engine_speed`: trace, choice and surgery on 1 x 3 x 224 x 224, one thread, processor "
-        "seconds, both engines in turn in one process, median of "
-        f"{whole['rounds']} rounds. *Probe*: its part of the trace. *Peak*: MB above the network's own; *planned*: "
-        "that of trace and choice alone.",
-        "",
-        on(whole["machine"]),
-        "",
-        line(("network", "seconds", "TP: seconds", "probe", "peak", "planned", "TP: peak")),
-        line(("---", *("---:",) * 6)),
-    ]
-    for row in whole["rows"]:
-        mine, other = row[OURS], row.get(THEIRS, {})
-        cells = [number(mine, "cpu", ".2f"), other.get("failed", number(other, "cpu", ".2f"))]
-        cells += [number(row["probe"], "cpu", ".2f"), number(mine, "peak", ".0f"), number(mine, "planned", ".0f")]
-        text.append(line((row["model"], *cells, number(other, "peak", ".0f"))))
-    if "wall" in whole.get("surgery", {}):
-        text += ["", f"Surgery on ResNet-50 with SGD's momentum, two threads: {whole['surgery']['wall']:.2f} s."]
-    zoo = RESULTS / "engine_speed_zoo.json"
-    return text + (median(json.loads(zoo.read_text())["rows"]) if zoo.exists() else [])
-
-
-def median(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How much faster over the zoo."""
-    both = [row for row in rows if "cpu" in row.get(OURS, {}) and "cpu" in row.get(THEIRS, {})]
-    times = statistics.median(row[THEIRS]["cpu"] / row[OURS]["cpu"] for row in both)
-    probes = max(row["probe"]["cpu"] for row in rows if "probe" in row)
-    return [
-        "",
-        f"`python -m benchmarks.engine_speed --zoo`: over the {len(both)} of {len(rows)} classifiers that "
-        f"Torch-Pruning gets through, its median time is {times:.1f} times this library's; "
-        f"the longest probe takes {probes:.2f} s.",
-    ]
+def benchmarks(results: Path = RESULTS) -> str:
+    """The page of costs and accuracies."""
+    parts = (part if isinstance(part, str) else "\n".join(part.lines(results)) for part in PARTS)
+    return "\n".join([HEAD, *parts])
 
 
 def main() -> None:
-    """Write the page."""
-    head = ["# Coverage and speed of the engine", "", "Made by `python -m benchmarks.tables`; no number is typed.", ""]
-    text = head + coverage() + (speed() if (RESULTS / "engine_speed.json").exists() else [])
-    (ROOT / "docs" / "coverage.md").write_text("\n".join(text) + "\n")
+    """Write the pages."""
+    for name, page in {"coverage": coverage.page, "benchmarks": benchmarks}.items():
+        (ROOT / "docs" / f"{name}.md").write_text(page(RESULTS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""What a method adds to a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.markdown import listed, on, quartiles, table
+from benchmarks.pages import Section
+
+ABOUT = """What a method adds to a training step, beside a plain restatement of how the papers' code does it (Python
+loops over layers, clusters and pruned filters that add to the gradients). Dense steps, the method's and the
+restatement's take turns in one run. *Whole step*: its time over that of the dense steps around it, median and
+quartiles over the turns. *Own time*: 1 plus the time inside the callback's hooks and in the penalty's backward pass,
+over the dense step; what the rest of the machine does hardly touches it. Where a method works at an epoch's end
+(ASCP), its row holds that too, spread over the steps of an epoch of the data set."""
+COMMAND = "python benchmarks/overhead.py --network resnet56 --minutes 30    # resnet50, vgg19; call it again to go on"
+HEADERS = ("method", "target", "whole step", "own time", "loops: whole step", "loops: own time", "dense step, ms")
+
+
+def body(found: Sequence[Any]) -> list[str]:
+    """A table per network and device."""
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in found[0]["rows"]:
+        rows.setdefault((row["network"], row["batch"], row["device"], row["threads"]), []).append(row)
+    text: list[str] = []
+    for (network, batch, device, threads), own in rows.items():
+        about = on({"device": device, **own[0]["versions"]}, f"{threads} threads")
+        text += [f"### {network}, batch {batch}, {device}", "", about, "", *table(HEADERS, map(_cells, own)), ""]
+        text += [verdict(own, key, name) for key, name in (("ours", "whole step"), ("own", "own time"))] + [""]
+    return text[:-1]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    ours, loops = (f"{quartiles(amortised(row, key))}" for key in ("ours", "loops"))
+    own, theirs = (quartiles(amortised(row, key), ".4f") if key in row else "" for key in ("own", "own_loops"))
+    return row["method"], f"{row['target']:.2f}", ours, own, loops, theirs, f"{row['dense_ms']:.1f}"
+
+
+def amortised(row: dict[str, Any], key: str) -> list[float]:
+    """Quartiles, with what happens at an epoch's end where that is the library's."""
+    share = 0.0 if key.endswith("loops") else row.get("epoch_end_ms", 0.0) / row["steps_per_epoch"] / row["dense_ms"]
+    return [value + share for value in row[key]]
+
+
+def verdict(rows: Sequence[dict[str, Any]], key: str, name: str) -> str:
+    """Who is within the target, and who is not."""
+    known = [row for row in rows if key in row]
+    if not known:
+        return f"- The {name} has not been measured."
+    met = [row["method"] for row in known if amortised(row, key)[1] <= row["target"]]
+    missed = [row["method"] for row in known if row["method"] not in met]
+    return f"- By the {name}, at or below the target: {listed(met)}; above: {listed(missed)}."
+
+
+SECTION = Section("Overhead of a training step", ABOUT, COMMAND, "overhead.json", body)
