@@ -57,7 +57,8 @@ def _caption(report: PruningReport) -> str:
     else:
         lines.append("Masked weights are zero; dense kernels compute them all the same, sparse ones would gain time.")
     if report.renormalised:
-        lines.append(f"Norms over fewer channels than before: {', '.join(report.renormalised)}.")
+        names = ", ".join(report.renormalised)
+        lines.append(f"Norms and standardised weights over fewer channels than before: {names}.")
     return "\n".join([*lines, *report.warnings])
 
 

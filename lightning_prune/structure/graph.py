@@ -32,7 +32,7 @@ class ChannelGroup:
         inputs: members that are the consumers' input dims.
         scales: members that are the scales of norms.
         shifts: members that are biases of layers or norms.
-        renormalised: whether a norm takes its statistics over these channels.
+        renormalised: members over which statistics are taken: the scales of norms, and weights that are standardised.
         mergeable: whether one channel may stand for another that is alike: everything in between treats all of them
             the same way, and whoever reads them multiplies them with weights.
     """
@@ -46,7 +46,7 @@ class ChannelGroup:
     inputs: tuple[Member, ...]
     scales: tuple[Member, ...]
     shifts: tuple[Member, ...]
-    renormalised: bool
+    renormalised: tuple[Member, ...]
     mergeable: bool
 
     @property
@@ -150,7 +150,7 @@ class ChannelGraph:
                     whole = merged.setdefault(member, torch.arange(size))
                     whole[group.index[member][rows]] = targets
             outputs.update(group.outputs)
-            renormalised.update(name for name, _ in group.scales if group.renormalised)
+            renormalised.update(name for name, _ in group.renormalised)
             for attribute, parts in self.numbers.items():
                 numbers[attribute] -= sum(len(gone) * each for part, each in parts if part == name)
         tensors = named_tensors(self.model)

@@ -50,7 +50,7 @@ def _groups(known: Knowledge, solution: Solution) -> list[ChannelGroup]:
         return []
     prints = np.add.reduceat(_fingerprints(len(labels.dims))[ids[atoms]], starts)
     _, first, kind = np.unique(prints, return_index=True, return_inverse=True)
-    marked = {mark: labels.marked_roots(mark, solution.root) for mark in ("renormalised", "bound")}
+    bound = labels.marked_roots("bound", solution.root)
     groups: list[ChannelGroup] = []
     for number in np.argsort(first):
         which = np.flatnonzero(kind == number)
@@ -63,8 +63,7 @@ def _groups(known: Knowledge, solution: Solution) -> list[ChannelGroup]:
         if not any(known.roles.get(dim) for dim in ids[table[0]].tolist()):
             solution.reasons.update(dict.fromkeys(classes[which].tolist(), "They are places in a table, no channels."))
             continue
-        marks = {mark for mark, roots in marked.items() if roots.intersection(classes[which].tolist())}
-        groups.append(_group(known, table, ids, marks))
+        groups.append(_group(known, table, ids, not bound.isdisjoint(classes[which].tolist())))
     return groups
 
 
@@ -73,7 +72,7 @@ def _fingerprints(count: int) -> Ints:
     return np.random.default_rng(0).integers(-(2**62), 2**62, size=count)
 
 
-def _group(known: Knowledge, table: Ints, ids: Ints, marks: set[str]) -> ChannelGroup:
+def _group(known: Knowledge, table: Ints, ids: Ints, is_bound: bool) -> ChannelGroup:
     labels = known.labels
     columns = ids[table[0]]
     index = {}
@@ -85,6 +84,7 @@ def _group(known: Knowledge, table: Ints, ids: Ints, marks: set[str]) -> Channel
         return tuple(labels.dims[n] for n in dict.fromkeys(columns.tolist()) if role in known.roles.get(n, ()))
 
     outputs, inputs = having("outputs"), having("inputs")
+    renormalised = tuple(labels.dims[n] for n in dict.fromkeys(columns.tolist()) if n in known.renormalised)
     producers = tuple(dict.fromkeys(layer_of(name) for name, _ in outputs))
     consumers = tuple(dict.fromkeys(layer_of(name) for name, _ in inputs))
     return ChannelGroup(
@@ -97,8 +97,8 @@ def _group(known: Knowledge, table: Ints, ids: Ints, marks: set[str]) -> Channel
         inputs=inputs,
         scales=having("scales"),
         shifts=having("shifts"),
-        renormalised="renormalised" in marks,
-        mergeable=not marks,
+        renormalised=renormalised,
+        mergeable=not renormalised and not is_bound,
     )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structure.labels import Axes, Axis, Ints, Labels
+from lightning_prune.structure.labels import FIXED, Axes, Axis, Ints, Labels
 from lightning_prune.structure.plan import submodule
 
 #: Names under which modules keep where they cut a dim of channels, unlike numbers of heads, groups or pixels.
@@ -29,11 +29,16 @@ class Record(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of one tensor; ``from_data``: it was computed from the network's input."""
+    """What is known of one tensor.
+
+    ``from_data``: it was computed from the network's input. ``is_weight``: it is the model's own, or was made of its
+    own by operators that :func:`~lightning_prune.structure.renormalising.carries` knows.
+    """
 
     reference: weakref.ref[Tensor]
     axes: Axes
     from_data: bool
+    is_weight: bool
 
 
 class Knowledge:
@@ -47,6 +52,8 @@ class Knowledge:
         labels: of the whole model.
         roles: number of a parameter dim (see ``Labels.dims``) -> what it is to its group: ``"outputs"``,
             ``"inputs"``, ``"scales"``, ``"shifts"``, or ``"through"`` for depthwise filters.
+        renormalised: numbers of parameter dims over which a norm, or whatever standardises a weight, takes statistics
+            of the positions that stay; the masked network that a proof compares with does so too.
         used: names of the parameters and buffers that the pass has read.
         sizes: module attributes that count channels and that no tensor of the module tells -> what they count.
         joined: modules that ask for a width they can't have at a reshape -> whether :class:`elastic.Joined` helps.
@@ -57,6 +64,7 @@ class Knowledge:
         self.model = model
         self.labels = Labels(tensors)
         self.roles: dict[int, set[str]] = {}
+        self.renormalised: set[int] = set()
         self.used: set[str] = set()
         self.sizes: dict[str, Ints] = {}
         self.joined: dict[str, bool] = {}
@@ -80,7 +88,7 @@ class Knowledge:
             axes = self.labels.of(name, tensor.shape) if name is not None else (None,) * tensor.dim()
             if name is not None:
                 self.used.add(name)
-            self.remember(tensor, axes, from_data=False)
+            self.remember(tensor, axes, from_data=False, is_weight=name is not None)
             return axes
         if self._tainted and tensor.untyped_storage()._cdata in self._tainted:
             return tuple(axis and Axis(axis.labels, vanishes=False) for axis in known.axes)
@@ -91,19 +99,33 @@ class Knowledge:
         known = self._known.get(id(tensor))
         return known if known is not None and known.reference() is tensor else None
 
-    def remember(self, tensor: Tensor, axes: Axes, from_data: bool) -> None:
+    def remember(self, tensor: Tensor, axes: Axes, from_data: bool, is_weight: bool = False) -> None:
         """Write down what is known of a tensor now. Views of one written in place must not go on promising zeros."""
         old = self.look_up(tensor)
         pairs = zip(old.axes, axes, strict=False) if old is not None else ()
         if any(a is not None and a.vanishes and not (b and b.vanishes) for a, b in pairs):
             self._tainted.add(tensor.untyped_storage()._cdata)
         from_data = from_data or (old is not None and old.from_data)
-        self._known[id(tensor)] = Known(weakref.ref(tensor), axes, from_data)
+        self._known[id(tensor)] = Known(weakref.ref(tensor), axes, from_data, is_weight)
 
     def from_data(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from the network's input."""
         known = self.look_up(tensor)
         return known is not None and known.from_data
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a weight of the model's, or what has been made of one position by position."""
+        self.axes(tensor)
+        known = self.look_up(tensor)
+        return known is not None and known.is_weight
+
+    def restored(self, axes: Axes) -> Axes:
+        """The dims of a weight in the masked network, which holds zeros where a renormalised one keeps nothing."""
+        return tuple(axis and Axis(axis.labels, axis.vanishes or self._is_renormalised(axis.labels)) for axis in axes)
+
+    def _is_renormalised(self, labels: Ints) -> bool:
+        atoms = bool((labels > FIXED).all() and (labels < self.labels.atoms).all())
+        return atoms and self.renormalised.issuperset(self.labels.member_ids(labels).tolist())
 
     def is_own(self, tensor: Tensor) -> bool:
         """Whether this is a parameter or buffer of the model itself."""
@@ -162,6 +184,10 @@ class Knowledge:
         """Note what the parameter dim that these labels belong to is to its group."""
         for member in self.labels.member_ids(labels).tolist():
             self.roles.setdefault(member, set()).add(role)
+
+    def note_renormalised(self, labels: Ints) -> None:
+        """Note that statistics over the parameter dims that these labels belong to are those of what stays."""
+        self.renormalised.update(self.labels.member_ids(labels).tolist())
 
     def note_size(self, attribute: str, axis: Axis | None) -> None:
         """Note that the module at work keeps the length of this dim as a number that no tensor of its own tells.

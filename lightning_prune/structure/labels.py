@@ -121,8 +121,7 @@ class Labels:
     def mark(self, labels: Ints, mark: str) -> None:
         """Note something about positions that may leave.
 
-        ``"renormalised"``: a norm takes its statistics over them. ``"bound"``: they are summed over as they are, so
-        that none can stand for another.
+        ``"bound"``: they are summed over as they are, so that none can stand for another.
         """
         self._marked.setdefault(mark, []).append(labels)
 

@@ -22,8 +22,8 @@ def overview(graph: ChannelGraph) -> str:
 
     Columns: name and number of channels of a group; unit, how many positions of its first layer a channel stands for;
     the other layers whose channels go with it; the layers that read it; remarks, ``renormalised`` where a norm takes
-    its statistics over the channels, ``not mergeable`` where none can stand for another. A column that says nothing is
-    left out.
+    its statistics over the channels or a weight is standardised over them, ``not mergeable`` where none can stand for
+    another. A column that says nothing is left out.
     """
     lines = _table(graph.groups) if graph.groups else ["No channel can go."]
     if graph.pinned:

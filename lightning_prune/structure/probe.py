@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.structure.call import tensors_in
-from lightning_prune.structure.graph import ChannelGraph
+from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
 from lightning_prune.structure.knowledge import Record
 from lightning_prune.structure.labels import Axes, Axis, Ints, Labels, Solution
 from lightning_prune.structure.numbers import Fault
@@ -124,16 +124,17 @@ def _trials(graph: ChannelGraph, without_memory: bool) -> Iterator[dict[str, Int
     if without_memory:
         yield {group.name: generator.integers(1, 5000 // group.size + 9, group.size) for group in graph.groups}
     for _ in range(1 if without_memory else 3):
-        yield {group.name: _fewer(generator, group.size) for group in graph.groups}
+        yield {group.name: _fewer(generator, group) for group in graph.groups}
 
 
 def _nothing(graph: ChannelGraph) -> dict[str, Ints]:
     return {group.name: np.zeros(group.size, dtype=np.int64) for group in graph.groups}
 
 
-def _fewer(generator: np.random.Generator, size: int) -> Ints:
-    """At least one channel stays, and at least one goes."""
-    return generator.permutation(np.arange(size) < generator.integers(1, size)).astype(np.int64)
+def _fewer(generator: np.random.Generator, group: ChannelGroup) -> Ints:
+    """At least one channel stays (of those with a deviation two, where there are more), and at least one goes."""
+    size, least = group.size, 2 if group.renormalised and group.size > 2 else 1
+    return generator.permutation(np.arange(size) < generator.integers(least, size)).astype(np.int64)
 
 
 def _cuts(graph: ChannelGraph, widths: dict[str, Ints], without_memory: bool) -> tuple[dict[str, Cuts], dict[str, int]]:

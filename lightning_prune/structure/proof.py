@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import ProofError
 from lightning_prune.structure.plan import NOWHERE, PruningPlan, layer_of, named_tensors, plain_name
+from lightning_prune.structure.renormalising import Renormalising, over_kept
 from lightning_prune.structure.replica import arguments, quiet_room, replica
 from lightning_prune.structure.surgery import check_fits, prune_
-from lightning_prune.structure.watch import operator_name
+from lightning_prune.structure.watch import open_up, operator_name, rule_for, unknown
 
 #: Largest departure allowed, relative to the largest output.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -90,7 +91,7 @@ def prove(
     """Run the masked dense network and the slim one on a real batch and compare all outputs.
 
     Both are copies; they run in double precision where the model can, without dropout. The model is left as it is.
-    Norms over channels that the plan names take their statistics over the kept channels in both.
+    Norms and standardised weights that the plan names take their statistics over the kept channels in both.
 
     Args:
         model: the dense model.
@@ -153,25 +154,22 @@ def _pair(model: nn.Module, plan: PruningPlan, dtype: torch.dtype, train: bool) 
     with torch.no_grad():
         for name, value in masked_state(masked, plan).items():
             tensors[name].copy_(value)
-    kept = {
-        id(tensors[name]): torch.tensor(plan.kept[name, 0], device=tensors[name].device) for name in plan.renormalised
-    }
     prune_(slim, plan)
-    return _Run(masked, kept), _Run(slim, {})
+    return _Run(masked, Renormalising(plan, tensors)), _Run(slim, None)
 
 
 @dataclass(frozen=True)
 class _Run:
     network: nn.Module
-    renormalised: dict[int, Tensor]
+    renormalising: Renormalising | None
 
 
 class _Fair(TorchDispatchMode):
-    """No dropout, the same random numbers for the same shapes, and norms over the kept channels."""
+    """No dropout, the same random numbers for the same shapes, and statistics over what stays."""
 
-    def __init__(self, renormalised: dict[int, Tensor]) -> None:
+    def __init__(self, renormalising: Renormalising | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
-        self.renormalised = renormalised
+        self.renormalising = renormalising
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -186,25 +184,25 @@ class _Fair(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             torch.manual_seed(self.count)
             self.count += 1
-        position = {"layer_norm": 2, "group_norm": 2}.get(name)
-        scale = args[position] if position is not None and len(args) > position else None
-        if scale is not None and id(scale) in self.renormalised:
-            return _over_kept(func, name, args, kwargs, self.renormalised[id(scale)])
-        return func(*args, **kwargs)
+        anew = self.renormalising
+        if anew is None:
+            return func(*args, **kwargs)
+        if (kept := anew.channels(name, args)) is not None:
+            return over_kept(func, name, args, kwargs, kept)
+        return self._following(anew, func, name, args, kwargs) if anew.reads(args, kwargs) else func(*args, **kwargs)
 
-
-def _over_kept(func: Any, name: str, args: Any, kwargs: Any, kept: Tensor) -> Tensor:
-    """A norm over the kept channels; the others come out as zero."""
-    source, second, scale, shift, *rest = [*args, None][: max(len(args), 4)]
-    dim = source.dim() - 1 if name == "layer_norm" else 1
-    small = source.index_select(dim, kept)
-    size = [len(kept)] if name == "layer_norm" else second
-    normed = func(small, size, scale[kept], None if shift is None else shift[kept], *rest, **kwargs)
-    return torch.zeros_like(source).index_copy_(dim, kept, normed)
+    def _following(self, anew: Renormalising, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """An operator that reads a renormalised weight; a composite one without a rule is opened up."""
+        rule = rule_for(func)
+        if rule is None:
+            opened = open_up(self, func, args, kwargs)
+            if opened is not NotImplemented:
+                return opened
+        return anew.run(func, name, rule or unknown, args, kwargs)
 
 
 def _run(run: _Run, args: Any, dtype: torch.dtype) -> list[Tensor]:
-    with _exact(), quiet_room(), _Fair(run.renormalised):
+    with _exact(), quiet_room(), _Fair(run.renormalising):
         positional, named = _cast(args, dtype)
         output = run.network(*positional, **named)
     return [leaf.detach() for leaf in _leaves(output) if leaf.is_floating_point()]

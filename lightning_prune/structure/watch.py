@@ -22,6 +22,7 @@ from lightning_prune.structure.call import Call, Rule, tensors_in
 from lightning_prune.structure.knowledge import Knowledge, Record
 from lightning_prune.structure.labels import Axes
 from lightning_prune.structure.plan import named_tensors, plain_name
+from lightning_prune.structure.renormalising import carries
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.rules import RULES, pointwise
 from lightning_prune.structure.shapes import foretell
@@ -76,8 +77,11 @@ class Watcher(TorchDispatchMode):
         self.known.labels.place = call.name, self.known.module
         axes = rule(call)
         written = axes if isinstance(axes, list) else [axes] * len(call.outputs)
+        is_weight = not from_data and carries(call.name, rule) and any(map(self.known.is_weight, call.inputs))
+        if is_weight:
+            written = [self.known.restored(new) for new in written]
         for tensor, new in zip(call.outputs, written, strict=True):
-            self.known.remember(tensor, new, from_data)
+            self.known.remember(tensor, new, from_data, is_weight)
         if self._after_branch is not None:
             self._after_branch.extend(written)
         if call.name in UNSEEN:

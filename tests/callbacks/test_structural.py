@@ -34,9 +34,10 @@ from lightning_prune.errors import ConfigurationError, ProofError, PruningError
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.schedules import GReg1Schedule, GReg2Schedule
 from lightning_prune.structure import choose, load_slim, masked_state, read_slim_header, save_slim, trace
-from tests.callbacks.nets import image_loader, seeded
+from tests.callbacks.nets import Classifier, image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
 from tests.callbacks.slimming import BATCHES, Picker, Residual, Run, Task, Watch, assert_equal, run, weights
+from tests.structure.cases_standardised import StandardConv
 
 HERE = Path(__file__).parent
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -145,6 +146,16 @@ def test_looking_at_accuracy_changes_nothing(tmp_path: Path) -> None:
 def test_progress_bars_survive_the_pass(tmp_path: Path, bar: type[Callback]) -> None:
     result = run(tmp_path, bar(), surgery=surgeon(monitor="val_acc"), enable_progress_bar=True, limit_train_batches=3)
     assert result.watch.widths[-1] == 4
+
+
+def test_weights_that_are_standardised_shrink_and_are_named(tmp_path: Path) -> None:
+    net = nn.Sequential(StandardConv(3, 8, 3), nn.Sigmoid(), StandardConv(8, 6, 3), nn.ReLU(), nn.Flatten())
+    task, surgery = Classifier(net.append(nn.Linear(6 * 4, 4))), surgeon()
+    callbacks = (surgery, Picker(epochs=1, scope="all"))
+    quiet_trainer(*callbacks, max_epochs=2, default_root_dir=tmp_path).fit(task, image_loader(BATCHES))
+    assert (net[0].out_channels, net[2].in_channels, net[2].out_channels, net[5].in_features) == (4, 4, 3, 3 * 4)
+    assert surgery.report is not None and surgery.report.error < 1e-8
+    assert list(surgery.report.renormalised) == ["net.2.weight"]
 
 
 def test_surgery_at_an_epoch_of_choice(tmp_path: Path) -> None:

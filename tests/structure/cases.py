@@ -8,11 +8,21 @@ from tests.structure import (
     cases_heads,
     cases_layers,
     cases_python,
+    cases_standardised,
     cases_traps,
     cases_wiring,
 )
 from tests.structure.case_table import CASES, Case
 
-ROOMS = (cases_attention, cases_constants, cases_heads, cases_layers, cases_python, cases_traps, cases_wiring)
+ROOMS = (
+    cases_attention,
+    cases_constants,
+    cases_heads,
+    cases_layers,
+    cases_python,
+    cases_standardised,
+    cases_traps,
+    cases_wiring,
+)
 
 __all__ = ["CASES", "ROOMS", "Case"]

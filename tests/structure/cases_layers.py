@@ -797,36 +797,6 @@ class WeightNormed(nn.Module):
         return self.head(self.b(self.a(x).relu()).relu())
 
 
-class StandardConv(nn.Conv2d):
-    """Weight standardisation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        mean = weight.mean(dim=(1, 2, 3), keepdim=True)
-        deviation = weight.std(dim=(1, 2, 3), keepdim=True)
-        return F.conv2d(x, (weight - mean) / (deviation + 1e-5), self.bias, self.stride, self.padding)
-
-
-class BatchNormConv(nn.Conv2d):
-    """Weight standardisation by way of a batch norm over the filters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = self.weight.reshape(1, self.out_channels, -1)
-        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
-
-
-@case(name="WeightStandardisation", kind=StandardConv)
-@case(name="WeightStandardisationBatchNorm", kind=BatchNormConv)
-class WeightStandardised(nn.Module):
-    def __init__(self, kind: type[nn.Conv2d]) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.head = kind(3, 8, 3), kind(8, 10, 3), block(10, 6), Head(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.c(self.b(self.a(x).relu()).relu()))
-
-
 @case()
 class ScaledFilters(nn.Module):
     """A weight times a per-channel parameter, then used: RepVGG and LoRA manner."""

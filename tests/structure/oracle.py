@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tests.structure.standardised import KeptFilters
+
 Build = Callable[[], nn.Module]
 Cut = Callable[[nn.Module], None]
 Kept = tuple[Tensor, ...]  # per dim of one tensor: the dense coordinates that are still there
@@ -430,7 +432,7 @@ def _departure(dense: nn.Module, slim: nn.Module, kept: Mapping[str, Kept], inpu
     with Listening() as heard:
         actual = run(slim, inputs, kwargs)
     torch.random.set_rng_state(state)
-    with KeptNorms(dense, kept, heard.inputs):
+    with KeptNorms(dense, kept, heard.inputs), KeptFilters(dense, kept):
         expected = run(dense, inputs, kwargs)
     return difference(expected, actual)
 

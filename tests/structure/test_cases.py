@@ -127,6 +127,7 @@ def test_the_table_is_complete() -> None:
         if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == room.__name__
     }
     helpers = {kind.__name__ for kind in written - entered}
-    assert helpers == {"Mlp", "StandardConv", "BatchNormConv", "Scripted", "JoinedByWidth"}
+    convolutions = {"StandardConv", "BatchNormConv", "ScaledConv", "StepwiseConv", "RootConv"}
+    assert helpers == {"Mlp", "Scripted", "JoinedByWidth", *convolutions}
     assert len(CASES) >= 180
     assert case_table.CASES is CASES

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
-from lightning_prune.structure.rules.registry import couple, optional, rule, shifted, together
+from lightning_prune.structure.rules.registry import couple, optional, rule, shifted, standardised, together
 
 FIXED_PARTNER = "are normalised together with positions that are fixed"
 
@@ -17,7 +17,7 @@ def _affine(call: Call, axis: Axis | None, scale: Tensor | None, shift: Tensor |
     """Multiply by a scale and add a shift along the channels: zero where both are removed."""
     gamma, beta = optional(call, scale), optional(call, shift)
     for found, role in ((gamma, "scales"), (beta, "shifts")):
-        if found is not None:
+        if found is not None and not call.known.is_weight(call.inputs[0]):
             call.role(found.labels, role)
     members = [axis, *(found for tensor, found in ((scale, gamma), (shift, beta)) if tensor is not None)]
     zero = bool(gamma and gamma.vanishes) or bool(axis and axis.vanishes)
@@ -30,13 +30,20 @@ def _averaged(call: Call, axes: Sequence[Axis | None]) -> None:
     call.pin(tuple(axes), "are averaged over by a norm")
 
 
+def _renormalised(call: Call, scale: Tensor) -> None:
+    """Statistics are taken over the channels that stay, those of the norm's scale."""
+    axis = optional(call, scale)
+    if axis is not None:
+        call.known.note_renormalised(axis.labels)
+
+
 @rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
 def batch_norm(call: Call) -> list[Axes]:
-    """Statistics per channel; running ones leave with their channel."""
+    """Statistics per channel; running ones leave with their channel. A weight's own are those of what stays."""
     source, scale, shift = (call.arg(i, name) for i, name in enumerate(("input", "weight", "bias")))
     axes = list(call.axes(source))
     if call.arg(5, "training") or call.arg(3, "running_mean") is None:
-        _averaged(call, (axes[0], *axes[2:]))
+        _averaged(call, [axis for axis in (axes[0], *axes[2:]) if not standardised(call, source, axis)])
     for statistic in (call.arg(3, "running_mean"), call.arg(4, "running_var")):
         if statistic is not None:
             zero = bool(axes[1] and axes[1].vanishes)
@@ -69,7 +76,7 @@ def group_norm(call: Call) -> list[Axes]:
         call.pin(channels, "are normalised together without a scale of their own")
     elif channels is not None:
         couple(call, channels.labels, groups)
-        call.labels.mark(channels.labels, "renormalised")
+        _renormalised(call, scale)
     return [(*shifted(axes[:1]), _affine(call, channels, scale, shift), *(None,) * len(axes[2:]))]
 
 
@@ -88,5 +95,5 @@ def layer_norm(call: Call) -> list[Axes]:
         return [(*shifted(axes[: len(axes) - len(shape)]), *(None,) * len(shape))]
     out = _affine(call, normed[0], scale, shift)
     if out is not None:
-        call.labels.mark(out.labels, "renormalised")
+        _renormalised(call, scale)
     return [(*shifted(axes[:-1]), out)]

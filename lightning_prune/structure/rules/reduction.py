@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
-from lightning_prune.structure.rules.registry import positive, rule
+from lightning_prune.structure.rules.registry import positive, rule, several, standardised
 
 
-def _reduced(call: Call, dims: object, keepdim: bool, zeros_pass: bool, zeros_stay: bool) -> list[Axes]:
-    """Drop dims: a dim whose removed positions are zero may be summed, any other keeps its channels."""
+def _reduced(
+    call: Call, dims: object, keepdim: bool, *, zeros_pass: bool = False, zeros_stay: bool, statistic: bool = False
+) -> list[Axes]:
+    """Drop dims: a dim whose removed positions are zero may be summed, any other keeps its channels.
+
+    A ``statistic`` of a weight is taken anew over what stays.
+    """
     source = call.inputs[0]
     rank = source.dim()
-    listed = list(range(rank)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)  # type: ignore[call-overload]
-    gone = {positive(dim, rank) for dim in listed}
+    gone = several(dims, rank)
     axes = call.axes(source)
     for dim in gone:
         axis = axes[dim] if rank else None
         if axis is not None and zeros_pass and axis.vanishes:
             call.labels.mark(axis.labels, "bound")
-        else:
+        elif not (statistic and standardised(call, source, axis)):
             call.pin_if_read(axis, "are taken together")
     kept: list[Axis | None] = []
     for dim, axis in enumerate(axes):
@@ -40,27 +44,41 @@ def vector_norm(call: Call) -> list[Axes]:
     """A norm of positive order does not notice zeros that leave."""
     order = call.arg(1, "ord" if call.name == "linalg_vector_norm" else "p", 2)
     positive_order = order is None or (isinstance(order, (int, float)) and order > 0)
-    return _reduced(call, call.arg(2, "dim"), bool(call.arg(3, "keepdim", False)), positive_order, zeros_stay=True)
+    keep = bool(call.arg(3, "keepdim", False))
+    return _reduced(call, call.arg(2, "dim"), keep, zeros_pass=positive_order, zeros_stay=True)
 
 
-@rule("mean", "amax", "amin", "max", "min", "median", "nanmean")
+@rule("amax", "amin", "max", "min", "median", "nanmean")
 def level(call: Call) -> list[Axes]:
-    """Averages and extremes: zero for a dim of zeros, but they count their terms."""
+    """Extremes and their like: zero for a dim of zeros, but they count their terms."""
     if len(call.inputs) > 1:
         from lightning_prune.structure.rules.elementwise import total as elementwise_total
 
         return elementwise_total(call)
-    dims, keep = call.arg(1, "dim"), call.arg(2, "keepdim", False)
-    return _reduced(call, dims, bool(keep), zeros_pass=False, zeros_stay=True)
+    return _reduced(call, call.arg(1, "dim"), bool(call.arg(2, "keepdim", False)), zeros_stay=True)
 
 
-@rule("var", "std", "var_mean", "std_mean", "logsumexp", "argmax", "argmin", "prod", "all", "any")
+@rule("mean", "var", "std", "var_mean", "std_mean")
+def statistic(call: Call) -> list[Axes]:
+    """Averages and deviations: zero for a dim of zeros, but they count their terms."""
+    return _reduced(call, _dims(call), _keeps_dims(call), zeros_stay=True, statistic=True)
+
+
+@rule("logsumexp", "argmax", "argmin", "prod", "all", "any")
 def other(call: Call) -> list[Axes]:
     """Reductions that count their terms, whose value for zeros is not promised."""
+    return _reduced(call, _dims(call), _keeps_dims(call), zeros_stay=False)
+
+
+def _dims(call: Call) -> object:
+    """The dims that go; a second argument may be something else instead."""
     dims = call.arg(1, "dim")
-    dims = None if isinstance(dims, bool) else dims
-    keep = call.kwargs.get("keepdim", len(call.outputs) > 0 and call.outputs[0].dim() == call.inputs[0].dim())
-    return _reduced(call, dims, bool(keep), zeros_pass=False, zeros_stay=False)
+    return None if isinstance(dims, bool) else dims
+
+
+def _keeps_dims(call: Call) -> bool:
+    kept = bool(call.outputs) and call.outputs[0].dim() == call.inputs[0].dim()
+    return bool(call.kwargs.get("keepdim", kept))
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "softmin")

@@ -54,6 +54,16 @@ def contract(call: Call, a: Axis | None, b: Axis | None, weighted: bool = True) 
     call.pin(b, why)
 
 
+def standardised(call: Call, source: Tensor, axis: Axis | None) -> bool:
+    """Whether statistics of a weight run along a dim of its own, so that they can be those of what stays."""
+    if axis is None or call.known.from_data(source) or not call.known.is_weight(source):
+        return False
+    if not bool(((axis.labels > FIXED) & (axis.labels < call.labels.atoms)).all()):
+        return False
+    call.known.note_renormalised(axis.labels)
+    return True
+
+
 def couple(call: Call, labels: Ints, rows: int) -> Ints:
     """Unite equal positions of ``rows`` equal stretches; returns the labels of the first stretch."""
     table = labels.reshape(rows, -1)
@@ -76,6 +86,12 @@ def spread(axis: Axis | None, size: int) -> Ints:
 def positive(dim: int, rank: int) -> int:
     """A dim counted from the front."""
     return dim + max(rank, 1) if dim < 0 else dim
+
+
+def several(dims: object, rank: int) -> set[int]:
+    """Dims that are named one by one, in a list, or not at all where all are meant; counted from the front."""
+    listed = list(range(rank)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)  # type: ignore[call-overload]
+    return {positive(dim, rank) for dim in listed}
 
 
 def optional(call: Call, tensor: Tensor | None) -> Axis | None:

@@ -1,0 +1,179 @@
+"""Statistics over channels that stay: which weights and norms take them, who says so, and what can't."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from lightning_prune.errors import ProofError
+from lightning_prune.structure import PruningPlan, choose, pick, prove, prune_, trace
+from tests.structure.cases_standardised import BatchNormConv, ScaledConv, StandardConv, WeightStandardised
+from tests.structure.oracle import judge
+
+IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Module:
+    return nn.Sequential(StandardConv(3, 8, 3), nn.Sigmoid(), StandardConv(8, 6, 3), nn.BatchNorm2d(6), Pooled(6))
+
+
+class Pooled(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(2).mean(-1))
+
+
+class Weighted(nn.Module):
+    """A convolution in between, whose weight is what ``made`` makes of it."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor], size: int = 3) -> None:
+        super().__init__()
+        self.made = made
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, size), Pooled(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.conv2d(self.stem(x).sigmoid(), self.made(self.conv.weight), self.conv.bias).relu())
+
+
+def unequal(model: nn.Module) -> PruningPlan:
+    """Half of the one group, a third of the other."""
+    graph = trace(model, IMAGES)
+    chance = random.Random(0)
+    ratios = {group.name: chance.uniform(0.3, 0.7) for group in graph.groups}
+    return graph.plan(pick(graph, ratios=ratios, score="random", renormalise=True))
+
+
+def test_inputs_of_standardised_weights_ask_for_leave() -> None:
+    graph = trace(net(), IMAGES)
+    assert graph["0"].renormalised == (("2.weight", 1),) and not graph["2"].renormalised
+    assert graph["2"].mergeable and not graph["0"].mergeable
+    assert choose(graph, 0.5).widths() == {"2": (6, 3)}
+    plan = choose(graph, 0.5, renormalise=True)
+    assert plan.widths() == {"0": (8, 4), "2": (6, 3)} and plan.renormalised == ("2.weight",)
+    assert PruningPlan.from_json(plan.to_json()) == plan == choose(graph, 0.5, scope="all")
+
+
+def test_it_is_said() -> None:
+    graph = trace(net(), IMAGES)
+    said = graph.explain("0")
+    assert (
+        "Weights are standardised over them (2). What stays is normalised anew, and none can stand for another." in said
+    )
+    assert "renormalised" in str(graph).splitlines()[2] and "renormalised" not in str(graph).splitlines()[3]
+
+
+def test_a_norm_and_a_weight_over_the_same_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Sigmoid(), BatchNormConv(8, 6, 3), Pooled(6))
+    graph = trace(model, IMAGES)
+    assert {name for name, _ in graph["0"].renormalised} == {"1.weight", "3.weight"}
+    assert "over them (1). Weights are standardised over them (3). What stays" in graph.explain("0")
+    assert prove(model, unequal(model), IMAGES).error < 1e-12
+
+
+def test_norms_that_stay_per_channel_are_not_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.LayerNorm(8), nn.Linear(8, 2))
+    plan = choose(trace(model, torch.zeros(2, 3)), 0.5, renormalise=True)
+    assert plan.renormalised == ("2.weight",)
+
+
+@pytest.mark.parametrize("kind", [StandardConv, BatchNormConv, ScaledConv])
+def test_without_it_the_proof_fails(kind: type[nn.Conv2d]) -> None:
+    model = WeightStandardised(kind)
+    plan = unequal(model)
+    assert prove(model, plan, IMAGES).error < 1e-12
+    with pytest.raises(ProofError, match="departs from the masked one"):
+        prove(model, replace(plan, renormalised=()), IMAGES)
+
+
+def test_the_judge_finds_a_wrong_input() -> None:
+    plan = choose(trace(WeightStandardised(BatchNormConv), IMAGES), 0.5, renormalise=True)
+    others = tuple(sorted((position + 1) % 8 for position in plan.kept["b.weight", 1]))
+    wrong = replace(plan, kept={**plan.kept, ("b.weight", 1): others})
+
+    def cut(model: nn.Module) -> None:
+        prune_(model, wrong)
+
+    with pytest.raises(AssertionError, match="departs"):
+        judge(lambda: WeightStandardised(BatchNormConv), cut, IMAGES)
+
+
+def test_numbers_of_the_fan_in_stay() -> None:
+    model = WeightStandardised(ScaledConv)
+    before = model.b.scale
+    prune_(model, unequal(model))
+    assert model.b.in_channels < 8 and model.b.scale == before
+    graph = trace(WeightStandardised(ScaledConv), IMAGES)
+    assert not graph["b"].scales, "a gain is part of its weight, no norm's scale"
+
+
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "over rows and columns": lambda w: (w - w.mean()) / (w.abs().mean() + 1),
+    "over rows": lambda w: w - w.mean(0),
+    "binary": lambda w: w.sign() * w.abs().mean((1, 2, 3), keepdim=True),
+    "root mean square": lambda w: w * (w.pow(2).mean((1, 2, 3), keepdim=True) + 1e-6).rsqrt(),
+    "only the mean": lambda w: w - w.flatten(1).mean(1).reshape(-1, 1, 1, 1),
+    "population": lambda w: (w - w.mean((1, 2, 3), True)) / w.std((1, 2, 3), correction=0, keepdim=True).clamp(1e-4),
+    "shifted": lambda w: (w + 1 - (w + 1).mean((1, 2, 3), True)) * 2,
+    "batch norm with running statistics of none": lambda w: (
+        F.batch_norm(w.flatten(1).t(), None, None, training=True).t().view_as(w)
+    ),
+}
+
+
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE.keys())
+def test_any_statistic_of_a_weight(made: Callable[[Tensor], Tensor]) -> None:
+    model = Weighted(made)
+    plan = unequal(model)
+    assert set(plan.widths()) == {"stem", "conv"} and plan.renormalised == ("conv.weight",)
+    assert prove(model, plan, IMAGES).error < 1e-12
+
+
+def test_weights_of_linear_layers_and_parametrised_ones() -> None:
+    class Centred(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight - weight.mean(1, keepdim=True)
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    register_parametrization(model[2], "weight", Centred())
+    inputs = torch.randn(3, 4)
+    plan = choose(trace(model, inputs), 0.5, renormalise=True)
+    assert plan.renormalised == ("2.parametrizations.weight.original",)
+    assert plan.widths() == {"0": (8, 4), "2": (6, 3)}
+    assert prove(model, plan, inputs).error < 1e-12
+
+
+PINNED: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "no epsilon": (lambda w: (w - w.mean((1, 2, 3), True)) / w.std((1, 2, 3), keepdim=True), "conv", "would be zero"),
+    "extremes": (lambda w: w / (w.amax((1, 2, 3), True) + 9), "stem", "are taken together"),
+    "not followed": (lambda w: w - (w.flatten(1) @ torch.eye(72)).mean(1).view(-1, 1, 1, 1), "stem", "does not vanish"),
+    "its own number": (
+        lambda w: (w - w.mean((1, 2, 3), True)) / w[0].numel(),
+        "stem",
+        "number that depends on their count",
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "layer", "reason"), PINNED.values(), ids=PINNED.keys())
+def test_what_cant_be_is_pinned(made: Callable[[Tensor], Tensor], layer: str, reason: str) -> None:
+    graph = trace(Weighted(made), IMAGES)
+    assert reason in graph.pinned[layer]
+    assert layer not in {name for group in graph.groups for name in group.producers}
+    plan = graph.plan(pick(graph, 0.5, renormalise=True))
+    assert prove(graph.model, plan, IMAGES).error < 1e-12
+
+
+def test_single_positions_are_tried_in_pairs() -> None:
+    """A batch norm refuses to standardise a single weight; a trial must not ask for that."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), BatchNormConv(3, 6, 1), nn.ReLU(), Pooled(6))
+    assert set(trace(model, IMAGES).pinned) == {"4.fc"}
