@@ -330,10 +330,18 @@ def as_double(inputs: Any) -> Any:
     return pytree.tree_map(convert, inputs)
 
 
+class InDouble(TorchFunctionMode):
+    """What a model casts to single precision by itself is cast to double precision instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (Tensor.double if func is Tensor.float else func)(*args, **(kwargs or {}))
+
+
 def run(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None) -> Any:
     """One forward pass; a tuple holds positional arguments, anything else is the only one."""
     inputs = as_double(inputs if isinstance(inputs, tuple) else (inputs,))
-    return model(*inputs, **as_double(dict(kwargs or {})))
+    with InDouble():
+        return model(*inputs, **as_double(dict(kwargs or {})))
 
 
 def check_numbers(model: nn.Module) -> None:
