@@ -257,8 +257,13 @@ def test_flags_alone_add_pruning(module: str, capsys: pytest.CaptureFixture[str]
 
 def test_a_budget_is_previewed(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", f"{module}.net", "--model-args", '{"width": 32}', "--input", "2,1,8,8", "--json"]
-    assert main(["plan", *model, "--budget", '{"macs": 0.5}', "--round-to", "4"]) == 0
+    variants = ["--variant", "eager", "--variant", "channels_last"]
+    assert main(["plan", *model, "--budget", '{"macs": 0.5}', "--round-to", "4", *variants]) == 0
     seen = json.loads(capsys.readouterr().out)
+    assert [each["variant"] for each in seen["latency_after"]] == ["eager", "channels_last"]
+    flat = ["--model", "torch.nn.Linear", "--model-args", '{"in_features": 4, "out_features": 2}', "--input", "2,4"]
+    assert main(["plan", *flat, *variants]) == 0
+    assert "Latency of the channels_last network could not be measured" in capsys.readouterr().out
     assert 0.45 < seen["cost_after"]["macs"] / seen["cost_before"]["macs"] <= 0.5
     assert {row["after"] % 4 for row in seen["rows"]} == {0}
     flags = ["--trainer.callbacks+=GReg1", "--trainer.callbacks.epochs=3", "--trainer.callbacks.budget.params=0.6"]

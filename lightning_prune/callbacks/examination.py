@@ -15,11 +15,13 @@ from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.ranks import on_first_rank, run_together
 from lightning_prune.errors import ProofError
 from lightning_prune.reports.cost import Cost, count_cost
-from lightning_prune.reports.latency import Latency, measure_latency
+from lightning_prune.reports.latency import Latency, race
 from lightning_prune.reports.origin import commit
 from lightning_prune.reports.report import PruningReport
-from lightning_prune.structure import Outcome, Plan, Proof, PruningPlan, SparsityPlan, prove
+from lightning_prune.reports.wording import first_line
+from lightning_prune.structure import Outcome, Plan, Proof, PruningPlan, SparsityPlan, prove, prune_
 from lightning_prune.structure.batches import resized
+from lightning_prune.structure.replica import replica
 from lightning_prune.structure.slim_file import stored_bytes
 
 SAMPLES = 16
@@ -35,7 +37,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Look(NamedTuple):
-    """What a network costs, its latency at each batch size, why any of that is missing, and its bytes on disk."""
+    """What a network costs, its latencies, why any of that is missing, and its bytes on disk."""
 
     cost: Cost
     latency: tuple[Latency, ...]
@@ -48,6 +50,7 @@ class Examination(NamedTuple):
 
     proof: Proof | None
     dense: Look | None
+    slim_latency: tuple[Latency, ...] = ()
 
 
 def examine(
@@ -57,8 +60,11 @@ def examine(
     inputs: Inputs,
     tolerance: float | None,
     batches: Sequence[int],
+    variants: Sequence[str] = ("eager",),
 ) -> Examination:
-    """Prove the plan on this rank's inputs, and look at the dense network. Every rank has to call it.
+    """Prove the plan on this rank's inputs, look at the dense network and time it beside the slim one.
+
+    Every rank has to call it.
 
     Raises:
         ProofError: the slim network would not compute what the masked one does, or weights aren't finite, on some rank.
@@ -68,7 +74,14 @@ def examine(
         proof = run_together(trainer, lambda: _prove(network, plan, inputs, tolerance))
     else:
         run_together(trainer, lambda: _prove_finite(network, plan))
-    return Examination(proof, on_first_rank(trainer, lambda: look(network, inputs, batches)))
+
+    def look_and_race() -> tuple[Look, tuple[Latency, ...]]:
+        dense = look(network, inputs)
+        before, after, missing = _race(network, plan, inputs, batches, variants)
+        return dense._replace(latency=before, warnings=dense.warnings + missing), after
+
+    seen = on_first_rank(trainer, look_and_race)
+    return Examination(proof, None) if seen is None else Examination(proof, *seen)
 
 
 def _prove(network: nn.Module, plan: PruningPlan, inputs: Inputs, tolerance: float | None) -> Proof:
@@ -116,9 +129,7 @@ def conclude(
         dense = seen.dense
         if dense is None:
             return None
-        slim = look(network, inputs, [latency.batch for latency in dense.latency], decision.plan)
-        measured = {latency.batch for latency in slim.latency}
-        dense = dense._replace(latency=tuple(each for each in dense.latency if each.batch in measured))
+        slim = look(network, inputs, decision.plan)._replace(latency=seen.slim_latency)
         rows, cost, unit = _rows(decision.whole), slim.cost, "channels"
         if isinstance(decision.whole, SparsityPlan):
             zeros = sum(before - left for _, before, left in rows)
@@ -155,6 +166,8 @@ def awkward(dense: Look, slim: Look, rows: Sequence[tuple[str, int, int]]) -> tu
     odd = sum(after % 8 != 0 for _, _, after in rows)
     for before, after in zip(dense.latency, slim.latency, strict=False):
         if not (dense.cost.macs and slim.cost.macs) or before.median_ms < LONG_MS or odd <= len(rows) / 2:
+            continue
+        if before.variant != "eager":
             continue
         promised, measured = dense.cost.macs / slim.cost.macs, before.median_ms / after.median_ms
         if measured < PROMISED * promised:
@@ -196,29 +209,29 @@ def _prove_zeros(network: nn.Module, plan: Plan) -> None:
             raise ProofError(f"{count} weights of {name!r} should be zero after surgery and are not.")
 
 
-def look(network: nn.Module, inputs: Inputs, batches: Sequence[int], plan: Plan | None = None) -> Look:
-    """Count and measure a network as it is. What can't be done is said: a report must not stop a training run.
+def look(network: nn.Module, inputs: Inputs, plan: Plan | None = None) -> Look:
+    """Count a network as it is. What can't be done is said: a report must not stop a training run.
 
     Args:
         network: dense or slim.
         inputs: of a training batch.
-        batches: batch sizes at which to measure.
         plan: that made it slim, where it has.
     """
     args, kwargs = inputs
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    cost, latency, warnings = Cost(None, parameters), list[Latency](), []
+    cost, warnings = Cost(None, parameters), []
     try:
         cost = count_cost(network, args, kwargs or None)
     except Exception as error:
-        warnings.append(f"MACs could not be counted: {_first_line(error)}.")
-    for batch in batches:
-        try:
-            latency.append(measure_latency(network, args, kwargs or None, batch=batch))
-        except Exception as error:
-            warnings.append(f"Latency could not be measured: {_first_line(error)}.")
-    return Look(cost, tuple(latency), tuple(warnings), stored_bytes(network, plan))
+        warnings.append(f"MACs could not be counted: {first_line(error)}.")
+    return Look(cost, (), tuple(warnings), stored_bytes(network, plan))
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+def _race(
+    network: nn.Module, plan: Plan, inputs: Inputs, batches: Sequence[int], variants: Sequence[str]
+) -> tuple[tuple[Latency, ...], tuple[Latency, ...], tuple[str, ...]]:
+    if not batches:
+        return (), (), ()
+    slim = replica(network)
+    prune_(slim, plan)
+    return race(network, slim, inputs[0], inputs[1] or None, batches=batches, variants=variants)

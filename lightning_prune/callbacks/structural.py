@@ -39,6 +39,7 @@ from lightning_prune.callbacks.ranks import agreed, run_together
 from lightning_prune.callbacks.recording import Diary, configuration
 from lightning_prune.callbacks.watching import PruningCallback, reading_state
 from lightning_prune.errors import ConfigurationError, PlanError
+from lightning_prune.reports.latency import VARIANTS
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.structure import Outcome, Plan
 from lightning_prune.structure.plan import submodule
@@ -72,6 +73,8 @@ class StructuralPruning(PruningCallback):
             surgery; ``T_max``, ``total_steps`` or ``total_iters`` of -1 stands for all remaining steps.
         tolerance: largest relative difference between masked and slim network; ``None`` derives it from the dtype.
         latency_batches: batch sizes at which latency is measured before and after.
+        latency_variants: how both networks are run for that: ``"eager"``, ``"channels_last"`` (for 2-d convolutions)
+            and ``"compiled"`` (by ``torch.compile``, which takes minutes); the report says which one is the fastest.
         report_file: name of the report in the run's directory; the same as a page stands beside it, under ``.html``.
             ``None`` writes neither.
 
@@ -96,6 +99,7 @@ class StructuralPruning(PruningCallback):
         finetune_scheduler: LRSchedulerCallable | None = None,
         tolerance: float | None = None,
         latency_batches: Sequence[int] = (1, 64),
+        latency_variants: Sequence[Literal["eager", "channels_last", "compiled"]] = ("eager",),
         report_file: str | None = "report.json",
     ) -> None:
         super().__init__(module)
@@ -115,6 +119,8 @@ class StructuralPruning(PruningCallback):
             )
         if any(size < 1 for size in latency_batches):
             raise ConfigurationError(f"latency_batches={list(latency_batches)} must be positive batch sizes.")
+        if isinstance(latency_variants, str) or not set(latency_variants) <= set(VARIANTS):
+            raise ConfigurationError(f"latency_variants={latency_variants!r} must be a list of {', '.join(VARIANTS)}.")
         self.at_epoch = at_epoch
         self.cut_when = cut_when
         self.safe_change = safe_change
@@ -124,6 +130,7 @@ class StructuralPruning(PruningCallback):
         self.finetune_scheduler = finetune_scheduler
         self.tolerance = tolerance
         self.latency_batches = tuple(latency_batches)
+        self.latency_variants = tuple(latency_variants)
         self.report_file = report_file
         self._stage = FinetuneStage(finetune, finetune_optimizer, finetune_scheduler)
         self._guard = StopGuard()
@@ -327,7 +334,8 @@ class StructuralPruning(PruningCallback):
     # What is found out.
 
     def _examine(self, trainer: Trainer, network: nn.Module, plan: Plan, inputs: Inputs) -> Examination:
-        return examine(trainer, network, plan, inputs, self.tolerance, self.latency_batches)
+        wanted = self.latency_batches, self.latency_variants
+        return examine(trainer, network, plan, inputs, self.tolerance, *wanted)
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, inputs: Inputs, seen: Examination) -> None:
         """Report, now that the network is slim."""

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from lightning_prune.cli import commands
+from lightning_prune.reports.latency import VARIANTS
 
 _EXAMPLES = """examples:
   lightning-prune plan --config base.yaml --config prune.yaml
@@ -70,6 +71,9 @@ def _plan(found: Any) -> None:
     choice.add_argument("--global", dest="global_", action="store_true", help="one threshold over all layers")
     choice.add_argument("--ignore", action="append", default=[], help="pattern of layers that stay; several times")
     plan.add_argument("--batch", type=int, action="append", default=[], help="batch size for latency; several times")
+    plan.add_argument(
+        "--variant", choices=VARIANTS, action="append", default=[], help="how to run for latency (eager); several times"
+    )
     plan.add_argument("--out", help="write the plan as JSON")
     _add_json(plan)
     plan.set_defaults(run=commands.plan, takes_rest=True)

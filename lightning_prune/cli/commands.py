@@ -63,7 +63,8 @@ def _preview_of_model(asked: argparse.Namespace) -> Preview:
         ignore=asked.ignore,
     )
     least = graph.plan({group.name: range(group.size - 1) for group in graph.groups})
-    return preview_of(graph, found, found, least, (inputs, {}), batches=asked.batch or (1,))
+    wanted: Any = {"batches": asked.batch or (1,), "variants": asked.variant or ("eager",)}
+    return preview_of(graph, found, found, least, (inputs, {}), **wanted)
 
 
 def _preview_of_run(asked: argparse.Namespace, rest: Sequence[str]) -> Preview:
@@ -74,7 +75,7 @@ def _preview_of_run(asked: argparse.Namespace, rest: Sequence[str]) -> Preview:
     if rest[:1] == ["fit"] and (configs or not asked.script):
         del rest[0]  # copied from the command that trains
     sys.path.insert(0, str(Path(asked.script).resolve().parent) if asked.script else "")
-    with rehearsing(asked.batch or (1,)) as found:
+    with rehearsing(asked.batch or (1,), asked.variant or ("eager",)) as found:
         try:
             if asked.script:
                 _run_script(asked.script, ["fit", *configs, *rest] if configs else rest)

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.reports import Cost, Latency, count_cost, measure_latency
+from lightning_prune.reports import Cost, Latency, count_cost
+from lightning_prune.reports.latency import race
 from lightning_prune.structure import ChannelGraph, Plan, PruningPlan, SparsityPlan, prune_
 from lightning_prune.structure.replica import replica
 
@@ -80,8 +81,9 @@ class Preview:
         cost_before: of the dense network.
         cost_after: of the slim one.
         cost_least: with one channel left of every group that takes part; ``None`` for single weights.
-        latency_before: of the dense network, one per batch size.
+        latency_before: of the dense network, one per variant and batch size.
         latency_after: of the slim one.
+        missing: a sentence for each latency that could not be measured.
         stages: one per method; none without Lightning.
         dense_ms: milliseconds per training batch before the sparse stage, the fastest of a few.
         sparse_ms: milliseconds per training batch within it.
@@ -95,6 +97,7 @@ class Preview:
     cost_least: Cost | None
     latency_before: tuple[Latency, ...]
     latency_after: tuple[Latency, ...]
+    missing: tuple[str, ...]
     stages: tuple[Stage, ...]
     dense_ms: float | None
     sparse_ms: float | None
@@ -118,6 +121,7 @@ def preview_of(
     inputs: tuple[tuple[Any, ...], dict[str, Any]],
     stages: tuple[Stage, ...] = (),
     batches: Sequence[int] = (1,),
+    variants: Sequence[str] = ("eager",),
 ) -> Preview:
     """Cut a copy of the traced model, count and measure both.
 
@@ -129,17 +133,16 @@ def preview_of(
         inputs: arguments and keyword arguments of the traced model.
         stages: of the run.
         batches: batch sizes at which latency is measured.
+        variants: how both networks are run for that, see :func:`~lightning_prune.reports.measure_latency`.
     """
     model, (args, kwargs) = graph.model, inputs
     slim = _cut(model, plan)
     before, after = (count_cost(network, args, kwargs) for network in (model, slim))
     least = None if smallest is None else count_cost(_cut(model, smallest), args, kwargs)
-    slow, fast = (
-        tuple(measure_latency(network, args, kwargs, batch=batch) for batch in batches) for network in (model, slim)
-    )
+    slow, fast, missing = race(model, slim, args, kwargs, batches=batches, variants=variants)
     rows = _rows(graph, plan) if isinstance(plan, PruningPlan) else _rows_of_weights(whole)
     pinned = {_rooted(graph, layer): reason for layer, reason in graph.pinned.items()}
-    return Preview(rows, pinned, before, after, least, slow, fast, stages, None, None, whole)
+    return Preview(rows, pinned, before, after, least, slow, fast, missing, stages, None, None, whole)
 
 
 def _cut(model: nn.Module, plan: Plan) -> nn.Module:

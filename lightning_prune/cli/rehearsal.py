@@ -51,12 +51,13 @@ class Rehearsal(Callback):
 
     Args:
         batches: batch sizes at which latency is measured.
+        variants: how the networks are run for that.
         processes: that the real run has.
         strategy: its class.
     """
 
-    def __init__(self, batches: Sequence[int], processes: int, strategy: type) -> None:
-        self._batches = tuple(batches)
+    def __init__(self, batches: Sequence[int], variants: Sequence[str], processes: int, strategy: type) -> None:
+        self._batches, self._variants = tuple(batches), tuple(variants)
         self._processes = processes
         self._strategy = strategy
         self._stages: list[Stage] = []
@@ -132,7 +133,7 @@ class Rehearsal(Callback):
         plan = plan_of(graph, removed, {})
         smallest = plan_of(graph, least, {}) if partners[0].granularity == "channel" else None
         whole = rooted(plan, pl_module, capture.name)
-        return preview_of(graph, whole, plan, smallest, inputs, tuple(self._stages), self._batches)
+        return preview_of(graph, whole, plan, smallest, inputs, tuple(self._stages), self._batches, self._variants)
 
 
 def _stage(
@@ -179,11 +180,12 @@ def _now(pl_module: LightningModule) -> float:
 
 
 @contextmanager
-def rehearsing(batches: Sequence[int]) -> Iterator[Outcome]:
+def rehearsing(batches: Sequence[int], variants: Sequence[str] = ("eager",)) -> Iterator[Outcome]:
     """Every ``Trainer.fit`` in here becomes a rehearsal: on one process, with nothing logged or saved.
 
     Args:
         batches: batch sizes at which latency is measured.
+        variants: how the networks are run for that.
 
     Yields:
         What came of it, known before :class:`Over` is raised.
@@ -212,7 +214,7 @@ def rehearsing(batches: Sequence[int]) -> Iterator[Outcome]:
 
     @functools.wraps(fit)
     def short(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        rehearsal = Rehearsal(batches, *getattr(self, "rehearsed", (1, SingleDeviceStrategy)))
+        rehearsal = Rehearsal(batches, variants, *getattr(self, "rehearsed", (1, SingleDeviceStrategy)))
         self.callbacks.append(rehearsal)  # type: ignore[attr-defined]  # Lightning sets it from afar
         try:
             fit(self, *args, **{**kwargs, "ckpt_path": None})

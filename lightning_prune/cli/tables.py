@@ -14,7 +14,7 @@ from rich.table import Table
 from lightning_prune.cli.preview import Preview, Stage
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports import PruningReport, surgery_table
-from lightning_prune.reports.wording import count, percent
+from lightning_prune.reports.wording import clocked, count, percent
 from lightning_prune.structure import Plan, SparsityPlan
 
 _NAMED = 2
@@ -27,6 +27,8 @@ def show(console: Console, preview: Preview) -> None:
         console.print(f"pinned: {escape(_few(layers, 4))}. {escape(reason)}", highlight=False)
     console.print()
     console.print(_costs(preview))
+    for sentence in preview.missing:
+        console.print(escape(sentence), highlight=False)
     if preview.stages:
         console.print()
         console.print(_stages(preview.stages))
@@ -88,7 +90,8 @@ def _costs(preview: Preview) -> Table:
         table.add_row(label, count(now), count(then), percent(now, then), count(getattr(least, each, None)))
     for dense, slim in zip(preview.latency_before, preview.latency_after, strict=True):
         change = percent(dense.median_ms, slim.median_ms)
-        table.add_row(f"latency, batch {dense.batch}, ms", f"{dense.median_ms:.3g}", f"{slim.median_ms:.3g}", change)
+        row = clocked(dense.batch, dense.variant)
+        table.add_row(row, f"{dense.median_ms:.3g}", f"{slim.median_ms:.3g}", change)
     if least is not None:
         table.caption = "least: with one channel left of every group that takes part"
         table.caption_justify = "left"

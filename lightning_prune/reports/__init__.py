@@ -4,7 +4,7 @@ from lightning_prune.reports.cost import Cost, count_cost
 from lightning_prune.reports.export import Export, export
 from lightning_prune.reports.history import Moment, Validation
 from lightning_prune.reports.html import report_html, write_html
-from lightning_prune.reports.latency import Latency, measure_latency
+from lightning_prune.reports.latency import Latency, compare_latency, measure_latency
 from lightning_prune.reports.report import PruningReport, Speed
 from lightning_prune.reports.tables import surgery_table
 from lightning_prune.reports.trainability import mean_jacobian_singular_value
@@ -17,6 +17,7 @@ __all__ = [
     "PruningReport",
     "Speed",
     "Validation",
+    "compare_latency",
     "count_cost",
     "export",
     "mean_jacobian_singular_value",

@@ -11,7 +11,17 @@ from typing import Any
 
 from lightning_prune.reports.charts import Series, bar, epochs, line_chart, linear, logarithmic
 from lightning_prune.reports.report import PruningReport, write_text
-from lightning_prune.reports.wording import count, difference, metric, milliseconds, percent, size, times, uncounted
+from lightning_prune.reports.wording import (
+    advice,
+    count,
+    difference,
+    metric,
+    milliseconds,
+    percent,
+    size,
+    times,
+    uncounted,
+)
 
 _STAGES = {
     "dense": "dense",
@@ -144,22 +154,33 @@ def _cost(report: PruningReport) -> str:
 
 
 def _latency(report: PruningReport) -> str:
-    if not report.latency_after:
+    taken = report.latency_after
+    if not taken:
         return ""
-    taken, speed = report.latency_after, report.speed
+    variants = list(dict.fromkeys(each.variant for each in taken))
+    tables = [_latency_of(report, variant, len(variants) > 1) for variant in variants]
+    note = (
+        f"Milliseconds per batch, median (interquartile range), on {taken[0].device}, {taken[0].threads} thread(s);"
+        " dense and slim network turn by turn. In theory time falls as the MACs do."
+    )
+    fastest = advice((each.batch, each.variant) for each in report.fastest)
+    lead = f"<p>{escape(fastest)}</p>" if fastest else ""
+    return f'{lead}{"".join(tables)}<p class="note">{escape(note)}</p>'
+
+
+def _latency_of(report: PruningReport, variant: str, is_named: bool) -> str:
+    before, after = (
+        [each for each in taken if each.variant == variant] for taken in (report.latency_before, report.latency_after)
+    )
+    speed = [each for each in report.speed if each.variant == variant]
     rows = [
-        ("before", *(milliseconds(each.median_ms, each.iqr_ms) for each in report.latency_before)),
-        ("after", *(milliseconds(each.median_ms, each.iqr_ms) for each in taken)),
+        ("before", *(milliseconds(each.median_ms, each.iqr_ms) for each in before)),
+        ("after", *(milliseconds(each.median_ms, each.iqr_ms) for each in after)),
         ("measured speed-up", *(times(each.measured) for each in speed)),
         ("speed-up in theory", *(times(each.theoretical) for each in speed)),
         ("measured of theory", *("?" if each.share is None else f"{100 * each.share:.0f} %" for each in speed)),
     ]
-    note = (
-        f"Milliseconds per batch, median (interquartile range), on {taken[0].device}, {taken[0].threads} thread(s)."
-        " In theory time falls as the MACs do."
-    )
-    heads = ("", *(f"batch {each.batch}" for each in taken))
-    return _table(heads, rows) + f'<p class="note">{escape(note)}</p>'
+    return _table((variant if is_named else "", *(f"batch {each.batch}" for each in after)), rows)
 
 
 def _layers(report: PruningReport) -> str:

@@ -105,7 +105,7 @@ def accuracy(report: PruningReport, axes: Axes | None = None) -> Axes:
 
 
 def latency(report: PruningReport, axes: Axes | None = None) -> Axes:
-    """Measured speed-up at every batch size, and a dashed line where the MACs would put it.
+    """Measured speed-up at every batch size and in every variant, and a dashed line where the MACs would put it.
 
     >>> from lightning_prune.reports.cost import Cost
     >>> from lightning_prune.reports.latency import Latency
@@ -115,7 +115,8 @@ def latency(report: PruningReport, axes: Axes | None = None) -> Axes:
     [1.5]
     """
     axes = _axes(axes)
-    axes.bar([f"batch {each.batch}" for each in report.speed], [each.measured for each in report.speed])
+    names = [f"batch {each.batch}" + (f"\n{each.variant}" if each.variant != "eager" else "") for each in report.speed]
+    axes.bar(names, [each.measured for each in report.speed])
     theoretical = next((each.theoretical for each in report.speed), None)
     if theoretical is not None:
         axes.axhline(theoretical, color="0.5", linestyle="--", linewidth=1)

@@ -14,7 +14,7 @@ from typing import Any
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports.cost import Cost
 from lightning_prune.reports.history import Moment, Validation, finite
-from lightning_prune.reports.latency import Latency
+from lightning_prune.reports.latency import VARIANTS, Latency
 from lightning_prune.structure.budget import Outcome
 
 FORMAT = 1
@@ -24,9 +24,10 @@ UNITS = {
     "accuracy": "the monitored metric: dense, just before surgery, right after surgery, finetuned",
     "bytes": "of the network's weights in a file, without its header",
     "error": "largest difference between masked and pruned network, relative to the largest output",
+    "fastest": "of the slim network's variants at each batch size the plainest that is as fast as the fastest",
     "history": "one entry per method and epoch of the sparse stage; strength, penalty in units of the loss",
     "layers": "name, number before, number after; channels or weights, as unit says",
-    "latency": "milliseconds per batch: median and interquartile range",
+    "latency": "milliseconds per batch: median and interquartile range; variant: eager, channels_last or compiled",
     "macs": "multiply-adds per sample, counted by fvcore; single weights save some with sparse kernels only",
     "parameters": "number of parameters; of single weights those that the mask keeps",
     "speed": "latency before over latency after (measured), MACs before over MACs after (theoretical), their quotient",
@@ -57,11 +58,13 @@ class Speed:
         batch: samples in the batch.
         measured: latency before over latency after.
         theoretical: MACs before over MACs after; ``None`` where they could not be counted.
+        variant: how both networks were run, see :class:`Latency`.
     """
 
     batch: int
     measured: float
     theoretical: float | None
+    variant: str = "eager"
 
     @property
     def share(self) -> float | None:
@@ -78,8 +81,8 @@ class PruningReport:
         cost_before: of the dense network.
         cost_after: of the slim network; of a network with single weights at zero, what dense kernels compute and the
             parameters that its mask keeps.
-        latency_before: of the dense network, one per batch size.
-        latency_after: of the slim network, at the same batch sizes.
+        latency_before: of the dense network, one per variant and batch size.
+        latency_after: of the slim network, in the same variants and at the same batch sizes.
         monitor: name of the metric in ``accuracy``; ``None`` where none was asked for.
         accuracy: the metric of the dense network (``"dense"``: before the sparse stage, ``"before"``: just before
             surgery) and of the slim one (``"after"``: right after surgery, ``"finetuned"``); ``None`` where unknown.
@@ -101,7 +104,7 @@ class PruningReport:
 
     Raises:
         ConfigurationError: ``accuracy`` knows another stage, ``unit`` is another, or the latencies were taken at
-            different batch sizes.
+            different batch sizes or in different variants.
 
     >>> cost = Cost(macs=800, parameters=100), Cost(macs=200, parameters=30)
     >>> report = PruningReport([("conv1", 16, 8)], *cost, accuracy={"dense": 0.98}, versions={})
@@ -137,9 +140,11 @@ class PruningReport:
             raise ConfigurationError(f"accuracy knows {', '.join(STAGES)}, not {unknown[0]!r}.")
         if self.unit not in ("channels", "weights"):
             raise ConfigurationError(f"unit={self.unit!r} must be 'channels' or 'weights'.")
-        batches = [[latency.batch for latency in taken] for taken in (self.latency_before, self.latency_after)]
-        if batches[0] != batches[1]:
-            raise ConfigurationError(f"Latency was taken at batches {batches[0]} before and {batches[1]} after.")
+        taken = self.latency_before, self.latency_after
+        for name, unit in (("batch", "batches"), ("variant", "variants")):
+            before, after = ([getattr(latency, name) for latency in each] for each in taken)
+            if before != after:
+                raise ConfigurationError(f"Latency was taken at {unit} {before} before and {after} after.")
         # Lists and tuples would not compare equal after a round trip through JSON.
         lists = ("latency_before", "latency_after", "budgets", "renormalised", "warnings", "history", "validations")
         for name in lists:
@@ -149,16 +154,31 @@ class PruningReport:
 
     @property
     def speed(self) -> tuple[Speed, ...]:
-        """Measured and theoretical speed-up, one per batch size."""
+        """Measured and theoretical speed-up, one per variant and batch size."""
         macs = self.cost_before.macs, self.cost_after.macs
         theoretical = macs[0] / macs[1] if macs[0] and macs[1] else None
         pairs = zip(self.latency_before, self.latency_after, strict=True)
-        return tuple(Speed(old.batch, old.median_ms / new.median_ms, theoretical) for old, new in pairs)
+        return tuple(Speed(old.batch, old.median_ms / new.median_ms, theoretical, old.variant) for old, new in pairs)
+
+    @property
+    def fastest(self) -> tuple[Latency, ...]:
+        """How to run the slim network: one latency per batch size, where several variants were measured.
+
+        It is that of the plainest variant whose median is no more than an interquartile range above the least.
+        """
+        found = []
+        for batch in dict.fromkeys(latency.batch for latency in self.latency_after):
+            own = [latency for latency in self.latency_after if latency.batch == batch]
+            best = min(own, key=lambda latency: latency.median_ms)
+            near = (each for each in own if each.median_ms <= best.median_ms + best.iqr_ms)
+            found += [min(near, key=lambda latency: VARIANTS.index(latency.variant))] if len(own) > 1 else []
+        return tuple(found)
 
     def to_json(self) -> str:
         """Sorted, indented, with a format number and the units."""
         speed = [{**asdict(each), "share": each.share} for each in self.speed]
-        values = {"format": FORMAT, "units": UNITS, **asdict(self), "speed": speed}
+        fastest = [{"batch": each.batch, "variant": each.variant} for each in self.fastest]
+        values = {"format": FORMAT, "units": UNITS, **asdict(self), "speed": speed, "fastest": fastest}
         return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
@@ -172,7 +192,7 @@ class PruningReport:
         found = values.pop("format", None)
         if found != FORMAT:
             raise ConfigurationError(f"This is a pruning report of format {found}; only {FORMAT} can be read.")
-        for derived in ("units", "speed"):
+        for derived in ("units", "speed", "fastest"):
             values.pop(derived, None)
         for name in ("cost_before", "cost_after"):
             values[name] = Cost(**{**values[name], "uncounted": tuple(values[name]["uncounted"])})

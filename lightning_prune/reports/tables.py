@@ -6,7 +6,16 @@ from rich.table import Table
 
 from lightning_prune.reports.latency import Latency
 from lightning_prune.reports.report import PruningReport
-from lightning_prune.reports.wording import count, difference, metric, milliseconds, percent, uncounted
+from lightning_prune.reports.wording import (
+    advice,
+    clocked,
+    count,
+    difference,
+    metric,
+    milliseconds,
+    percent,
+    uncounted,
+)
 
 
 def surgery_table(report: PruningReport) -> Table:
@@ -33,7 +42,7 @@ def surgery_table(report: PruningReport) -> Table:
     )
     for dense, slim in zip(report.latency_before, report.latency_after, strict=True):
         change = percent(dense.median_ms, slim.median_ms)
-        table.add_row(f"latency, batch {dense.batch}, ms", _time(dense), _time(slim), change)
+        table.add_row(clocked(dense.batch, dense.variant), _time(dense), _time(slim), change)
     if report.monitor is not None:
         table.add_section()
         for label, first, second in (
@@ -50,6 +59,7 @@ def _caption(report: PruningReport) -> str:
     if report.latency_after:
         latency = report.latency_after[0]
         lines.append(f"Latency: median (interquartile range) on {latency.device}, {latency.threads} thread(s).")
+    lines += filter(None, [advice((each.batch, each.variant) for each in report.fastest)])
     lines += [f"B{str(outcome)[1:]}." for outcome in report.budgets]
     lines += [f"Widths are multiples of {report.round_to}."] if report.round_to > 1 else []
     if report.unit == "channels":

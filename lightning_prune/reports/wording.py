@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _NAMED_OPERATORS = 6
 
 
@@ -93,3 +95,31 @@ def uncounted(operators: tuple[str, ...]) -> str:
     names = [operator.removeprefix("aten::") for operator in operators]
     more = f" and {len(names) - _NAMED_OPERATORS} more" if len(names) > _NAMED_OPERATORS else ""
     return f" without {', '.join(names[:_NAMED_OPERATORS])}{more}"
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line and without a full stop.
+
+    >>> first_line(RuntimeError("No compiler was found."))
+    'RuntimeError: No compiler was found'
+    """
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+
+
+def clocked(batch: int, variant: str) -> str:
+    """What a latency is of, as a row begins.
+
+    >>> clocked(1, "eager"), clocked(64, "compiled")
+    ('latency, batch 1, ms', 'compiled, batch 64, ms')
+    """
+    return f"{'latency' if variant == 'eager' else variant}, batch {batch}, ms"
+
+
+def advice(found: Iterable[tuple[int, str]]) -> str:
+    """Which variant is the fastest at which batch size, in one sentence; empty where there was no choice.
+
+    >>> advice([(1, "eager"), (64, "compiled")])
+    'Fastest slim network: eager at batch 1, compiled at batch 64.'
+    """
+    places = ", ".join(f"{variant} at batch {batch}" for batch, variant in found)
+    return f"Fastest slim network: {places}." if places else ""

@@ -287,7 +287,7 @@ def test_a_network_that_cant_be_counted_is_pruned_all_the_same(tmp_path: Path, m
         raise RuntimeError("no rule for this\nand more")
 
     monkeypatch.setattr("lightning_prune.callbacks.examination.count_cost", fail)
-    monkeypatch.setattr("lightning_prune.callbacks.examination.measure_latency", fail)
+    monkeypatch.setattr("lightning_prune.reports.latency.compare_latency", fail)
     report = run(tmp_path, surgery=StructuralPruning()).surgery.report
     assert report is not None
     assert report.warnings == (
@@ -295,6 +295,28 @@ def test_a_network_that_cant_be_counted_is_pruned_all_the_same(tmp_path: Path, m
         "Latency could not be measured: RuntimeError: no rule for this.",
     )
     assert (report.cost_before.parameters, report.latency_before) == (1452, ())
+
+
+def test_every_variant_is_timed_beside_the_dense_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a compiler is missing one sentence says so, and the fit goes on."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler was found\nin any of these places")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    surgery = StructuralPruning(latency_batches=(1, 2), latency_variants=("eager", "channels_last", "compiled"))
+    report = run(tmp_path, surgery=surgery).surgery.report
+    assert report is not None
+    places = [(each.variant, each.batch) for each in report.latency_after]
+    assert places == [(variant, batch) for variant in ("eager", "channels_last") for batch in (1, 2)]
+    assert [(each.variant, each.batch) for each in report.latency_before] == places
+    failure = "Latency of the compiled network could not be measured: RuntimeError: no compiler was found."
+    assert report.warnings == (failure,)
+    assert [each.batch for each in report.fastest] == [1, 2]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "channels_last, batch 2, ms" in shown and "Fastest slim network:" in shown and failure in shown
 
 
 def test_the_proof_looks_at_a_few_samples_and_at_all_where_it_must() -> None:
@@ -318,7 +340,7 @@ def test_the_proof_looks_at_a_few_samples_and_at_all_where_it_must() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # torch 2.10's own, where it compiles
 def test_a_compiled_network_is_looked_at_as_it_was_written() -> None:
     images = torch.randn(2, 3, 6, 6)
-    plain, compiled = (examination.look(net, ((images,), {}), ()) for net in (Residual(), torch.compile(Residual())))
+    plain, compiled = (examination.look(net, ((images,), {})) for net in (Residual(), torch.compile(Residual())))
     assert compiled == plain
     assert plain.cost.macs > 0
 
@@ -557,6 +579,11 @@ def test_refuses_an_unknown_module() -> None:
     [
         ({"at_epoch": 0}, "at_epoch=0 must be at least 1"),
         ({"tolerance": 0.0}, "tolerance=0.0 must be positive"),
+        (
+            {"latency_variants": ["fast"]},
+            r"latency_variants=\['fast'\] must be a list of eager, channels_last, compiled",
+        ),
+        ({"latency_variants": "eager"}, r"latency_variants='eager' must be a list of eager"),
         ({"latency_batches": [0]}, r"latency_batches=\[0\] must be positive"),
         ({"finetune": "again"}, 'neither "continue" nor "restart"'),
         ({"finetune": "restart", "finetune_optimizer": partial(torch.optim.SGD, lr=0.1)}, "give one"),

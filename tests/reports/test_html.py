@@ -108,6 +108,26 @@ def test_it_says_what_the_report_says() -> None:
         assert wanted in words, wanted
 
 
+def test_variants_have_tables_of_their_own_and_the_fastest_is_named() -> None:
+    taken = [
+        [Latency(ms, 0.1, batch, "cpu", 1, 40, variant) for variant, ms in times for batch in (1, 64)]
+        for times in (
+            (("eager", 4.0), ("channels_last", 3.0), ("compiled", 2.0)),
+            (("eager", 2.0), ("channels_last", 1.0), ("compiled", 1.05)),
+        )
+    ]
+    taken[1][0] = replace(taken[1][0], median_ms=1.06)  # no worse than the spread of the fastest
+    report = replace(REPORT, latency_before=taken[0], latency_after=taken[1])
+    assert [(each.batch, each.variant) for each in report.fastest] == [(1, "eager"), (64, "channels_last")]
+    assert '"fastest": [' in report.to_json() and PruningReport.from_json(report.to_json()) == report
+    words = Page(report_html(report)).words
+    assert "Fastest slim network: eager at batch 1, channels_last at batch 64." in words
+    heads = [words.index(variant) for variant in ("eager", "channels_last", "compiled")]
+    assert heads == sorted(heads) and words.count("measured speed-up") == 3
+    assert words[words.index("compiled") :].count("1.90x") == 2
+    assert REPORT.fastest == () and "Fastest" not in report_html(REPORT)
+
+
 def test_what_is_unknown_is_left_out_or_said() -> None:
     words = " ".join(Page(report_html(BARE)).words)
     assert "No metric was named" in words and "No layer lost any" in words

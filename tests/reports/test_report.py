@@ -56,6 +56,8 @@ def test_faults_are_refused() -> None:
         replace(REPORT, accuracy={"final": 1.0})
     with pytest.raises(ConfigurationError, match=r"batches \[1\] before and \[\] after"):
         replace(REPORT, latency_after=[])
+    with pytest.raises(ConfigurationError, match=r"variants \['eager'\] before and \['compiled'\] after"):
+        replace(REPORT, latency_after=[replace(LATENCY, variant="compiled")])
     with pytest.raises(ConfigurationError, match="format 99"):
         PruningReport.from_json(REPORT.to_json().replace('"format": 1', '"format": 99'))
 
