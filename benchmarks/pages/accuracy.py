@@ -69,7 +69,8 @@ def conditions(found: Sequence[Any]) -> list[str]:
         threads = sorted({each["threads"] for side in SIDES for each in run["report"][side] if each.get("threads")})
         epochs = " + ".join(map(str, run["epochs"]))
         more = [f"{count} threads" if count > 1 else "1 thread" for count in threads]
-        lines.append(f"{epochs} epochs; {on(run['versions'], *more)}")
+        small = f"A miniature of {run['few']} images; " if run.get("few") else ""
+        lines.append(f"{small}{epochs} epochs; {on(run['versions'], *more)}")
     return list(dict.fromkeys(lines))
 
 
