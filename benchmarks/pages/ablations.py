@@ -1,0 +1,110 @@
+"""Every option against its alternatives, and which differences are more than chance."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.markdown import on, spread, table
+from benchmarks.pages import Section
+from benchmarks.variants import ABLATIONS, Ablation
+
+ABOUT = """Every option against its alternatives. The dense stage of a seed is trained once; from there every variant
+has the same epochs for its sparse stage and for finetuning, and every inner layer loses the same share of its channels,
+so that multiply-adds are equal. Accuracy in percent of last epochs, mean and standard deviation over the seeds.
+*Before*: as the sparse stage leaves the network. *Right after*: after surgery, which is the masked network's accuracy.
+*Statistics anew*: the same network, with running statistics of its batch norms from 1024 training images. *Beyond one
+deviation*: means that are further apart than either standard deviation."""
+COMMAND = "python -m benchmarks.ablations --preset digits    # cpu --root DIR: CIFAR-10; call it again to go on"
+COLUMNS = {
+    "dense": "dense",
+    "before": "before",
+    "after": "right after",
+    "recalibrated": "statistics anew",
+    "finetuned": "finetuned",
+}
+TITLES = {
+    "digits": "**Digits**: the 8 x 8 images of scikit-learn and an 8-layer residual network. A small problem: an image "
+    "is 0.2 points, and whatever is trained again comes near the dense network. It shows what surgery destroys and "
+    "which variants break; it can't decide between variants whose finetuned accuracies are within a point, nor say "
+    "what holds for deep networks, long schedules and photographs.",
+    "cpu": "**CIFAR-10**, the same network.",
+}
+
+
+def accuracies(rows: Sequence[dict[str, Any]], variant: str, column: str) -> list[float]:
+    """In percent, of all seeds."""
+    own = (row["accuracy"].get(column) for row in rows if row["variant"] == variant)
+    return [100 * value for value in own if value is not None]
+
+
+def beyond(rows: Sequence[dict[str, Any]], ablation: Ablation, column: str) -> list[tuple[str, float, str]]:
+    """Variants that differ from what they are compared with by more than either deviation, by how much, and that."""
+    found = []
+    for other, default in ablation.against.items():
+        ours, theirs = accuracies(rows, default, column), accuracies(rows, other, column)
+        if min(len(ours), len(theirs)) < 2:
+            continue
+        change = statistics.mean(theirs) - statistics.mean(ours)
+        if abs(change) > max(statistics.stdev(ours), statistics.stdev(theirs)):
+            found.append((other, change, default))
+    return found
+
+
+def comparison(ablation: Ablation, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One table, and what in it is more than chance."""
+    text = [f"#### {ablation.title}", "", ablation.question, ""]
+    known = [name for name in ablation.variants if accuracies(rows, name, "finetuned")]
+    lines = []
+    for name in known:
+        own = [row for row in rows if row["variant"] == name]
+        macs = f"{statistics.mean(row['macs_left'] for row in own):.1%}"
+        cells = [accuracies(rows, name, column) for column in COLUMNS]
+        lines.append((_code(name), len(own), macs, *(spread(each, ".1f") if each else "" for each in cells)))
+    text += [*table(("variant", "seeds", "MACs left", *COLUMNS.values()), lines), ""] if lines else []
+    for column in ("after", "finetuned"):
+        said = [f"{_code(o)} ({change:+.1f} against {_code(d)})" for o, change, d in beyond(rows, ablation, column)]
+        text.append(f"- {COLUMNS[column].capitalize()}, beyond one deviation: {', '.join(said) or 'none'}.")
+    if ablation is ABLATIONS["same_set"] and known:
+        seeds = sorted({row["seed"] for row in rows})
+        sets = [{row["set"] for row in rows if row["variant"] in known and row["seed"] == seed} for seed in seeds]
+        text.append(f"- With {sum(len(each) == 1 for each in sets)} of {len(sets)} seeds all plans were the same.")
+    missing = [_code(name) for name in ablation.variants if name not in known]
+    text += [f"- Not measured yet: {', '.join(missing)}."] if missing else []
+    return [*text, ""]
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """Which defaults are beaten after finetuning."""
+    beaten = [
+        f"{_code(default)} by {_code(other)} ({change:+.1f})"
+        for ablation in ABLATIONS.values()
+        for other, change, default in beyond(rows, ablation, "finetuned")
+        if change > 0
+    ]
+    return f"Finetuned, beaten beyond one deviation: {', '.join(dict.fromkeys(beaten)) or 'none'}."
+
+
+def body(found: Sequence[Any]) -> list[str]:
+    """A table per choice and preset."""
+    text: list[str] = []
+    for whole in sorted(found, key=lambda each: list(TITLES).index(each["preset"])):
+        few = f", {whole['few']} images" if whole["few"] else ""
+        setting = f"{' + '.join(map(str, whole['epochs']))} epochs, {whole['ratio']:.0%} of the inner channels{few}"
+        text += [f"### {whole['preset']}", "", TITLES[whole["preset"]], ""]
+        text += [f"{setting}; {on(whole['machine'], _threads(whole['threads']))}", "", verdict(whole["rows"]), ""]
+        for ablation in ABLATIONS.values():
+            text += comparison(ablation, whole["rows"])
+    return text[:-1]
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
+def _code(name: str) -> str:
+    return f"`{name}`" if "=" in name else name
+
+
+SECTION = Section("Choices by evidence", ABOUT, COMMAND, "ablations/*.json", body)

@@ -1,0 +1,84 @@
+"""How costs grow with the network and with the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.markdown import on, table
+from benchmarks.pages import Section
+from benchmarks.scaling import FAMILIES, MODELS, QUANTITIES, STAGES, points, slope
+
+ABOUT = """Processor seconds of one thread, the least of a few repeats, one picture of 224 x 224, half of the channels.
+*Trace*: from the network to its channel groups. *Proof*: masked and slim network side by side in double precision.
+*Surgery*: with SGD's momentum. *Penalty*: strength and penalty of one step in a live fit. *Clusters*: the end of an
+epoch of ASCP there, from the weights to the reconstructed channels. *Exponent*: b of seconds = a * size^b, by least
+squares of the logarithms, with its standard error. A cost grows faster than the size where b is above 1 by more than
+two standard errors."""
+COMMAND = "python -m benchmarks.scaling"
+SIZES = {"parameters": "parameters", "macs": "MACs"}
+
+
+def exponents(rows: Sequence[dict[str, Any]], names: Sequence[str], size: str) -> dict[str, tuple[float, float]]:
+    """Of every quantity that at least three of these networks have: exponent and standard error."""
+    known = {quantity: points(rows, quantity, names, size) for quantity in QUANTITIES}
+    return {quantity: slope(own) for quantity, own in known.items() if len(own) >= 3}
+
+
+def faster(found: dict[str, tuple[float, float]]) -> list[str]:
+    """What grows faster than the size."""
+    return [f"{quantity} ({b:.2f})" for quantity, (b, error) in found.items() if b - 2 * error > 1]
+
+
+def costs(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Seconds per network."""
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = {row["quantity"]: row for row in rows if row["model"] == name}
+        facts = next(iter(own.values()))
+        seconds = (f"{own[quantity]['processor']:.2g}" if quantity in own else "" for quantity in QUANTITIES)
+        macs = f"{facts['macs'] / 1e9:.1f}"
+        lines.append((name, f"{facts['parameters'] / 1e6:.1f}", macs, facts["layers"], *seconds))
+    return table(("network", "M parameters", "G MACs", "layers", *QUANTITIES), lines)
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Exponents, and whether anything grows faster than the parameters."""
+    choices = {"ResNets": FAMILIES["ResNet"], "all networks": MODELS}
+    columns = {(label, size): exponents(rows, names, size) for label, names in choices.items() for size in SIZES}
+    lines = []
+    for quantity in QUANTITIES:
+        cells = [found.get(quantity) for found in columns.values()]
+        lines.append((quantity, *("" if cell is None else f"{cell[0]:.2f} ± {cell[1]:.2f}" for cell in cells)))
+    text = table(("exponent", *(f"{label}, by {SIZES[size]}" for label, size in columns)), lines)
+    for label in choices:
+        said = ", ".join(faster(columns[label, "parameters"])) or "nothing"
+        text.append(f"{'' if text[-1].startswith('-') else chr(10)}- {label}: faster than the parameters grows {said}.")
+    return text
+
+
+def by_ranks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Seconds of the hand-over, and how much more the most ranks take than one."""
+    ranks = sorted({row["ranks"] for row in rows})
+    lines = []
+    for stage, label in STAGES.items():
+        own = {row["ranks"]: row["processor"] for row in rows if row["stage"] == stage}
+        times = f"{own[ranks[-1]] / own[ranks[0]]:.2f}"
+        lines.append((label, *(f"{own[count]:.4f}" for count in ranks), times))
+    heads = (f"{count} rank{'s' if count > 1 else ''}" for count in ranks)
+    return table(("processor seconds of the longest rank", *heads, f"{ranks[-1]} ranks : {ranks[0]}"), lines)
+
+
+def body(found: Sequence[Any]) -> list[str]:
+    """Tables and pictures."""
+    whole = found[0]
+    text = [on(whole["machine"], "1 thread"), "", *costs(whole["rows"]), "", *growth(whole["rows"])]
+    text += ["", "![Seconds against parameters](images/scaling.svg)", "", *WHY]
+    if whole["ranks"]:
+        text += ["", "On several ranks, an 8-layer residual network of width 16 under DDP over gloo:", ""]
+        text += [*by_ranks(whole["ranks"]), "", "![Seconds against ranks](images/scaling_ranks.svg)"]
+    return text
+
+
+WHY = ("",)
+SECTION = Section("Growth of the costs", ABOUT, COMMAND, "scaling.json", body)
