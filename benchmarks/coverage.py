@@ -3,13 +3,13 @@
     python -m benchmarks.coverage --jobs 2
     python -m benchmarks.coverage --models resnet50 timm/ghostnet_100 --out /tmp/some.json
 
-Every network of the zoo (``tests/structure/zoo.py``), each engine in a process of its own, one thread, 60 seconds for
-trace, choice and surgery. ``exact`` is the verdict of the tests' judge (``tests/structure/oracle.py``), who knows
-neither engine: the slim network computes in double precision what the dense one does with everything removed set to
-zero, for the plan at ratio 0.5 and, for this library, for another ratio in every group too. Torch-Pruning is told which
-layers make the network's outputs; it prunes the rest with ``MetaPruner`` at ratio 0.5. Seconds are the processor's, of
-the first run in a process. The table goes to ``benchmarks/results/coverage.json``, line by line; what stands there
-already is not repeated. ``python -m benchmarks.tables`` writes ``docs/coverage.md`` from it.
+Every network of the zoo (``tests/structure/zoo.py``), each engine in a process of its own, one thread, 60 seconds of
+the processor for trace, choice and surgery. ``exact`` is the verdict of the tests' judge, who knows neither engine
+(``tests/structure/oracle.py``): the slim network computes in double precision what the dense one does with everything
+removed set to zero, for the plan at ratio 0.5 and, for this library, for another ratio in every group too. Torch-Pruning
+is told which layers make the network's outputs; it prunes the rest with ``MetaPruner`` at ratio 0.5. Seconds are the
+processor's, of the first run in a process. The table goes to ``benchmarks/results/coverage.json``, line by line; what
+stands there already is not repeated. ``python -m benchmarks.tables`` writes ``docs/coverage.md`` from it.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ def say(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)
 
 
+def limited(seconds: float) -> None:
+    """End this process once it has taken so many more seconds of the processor, whatever else the machine does."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
 def widths(model: nn.Module) -> dict[str, torch.Size]:
     """The weight shapes of a network's convolutions and linear layers."""
     return {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, LAYERS)}
@@ -58,7 +63,7 @@ def ours(entry: Entry) -> None:
     """Trace, choose and prune with this library, then ask the judge."""
     model, inputs = built(entry), entry.inputs()
     before = widths(model), oracle.parameter_count(model)
-    signal.alarm(LIMIT)
+    limited(LIMIT)
     started = time.process_time()
     with probed() as taken:
         graph = trace(model, inputs)
@@ -101,7 +106,7 @@ def theirs(entry: Entry) -> None:
             count += 1
         return count
 
-    signal.alarm(LIMIT)
+    limited(LIMIT)
     started = time.process_time()
     groups = cut(model)
     ended = time.process_time()
@@ -133,7 +138,7 @@ def shrunk(model: nn.Module, before: dict[str, torch.Size], count: int) -> dict[
 def judged(entry: Entry, *cuts: Callable[[nn.Module], Any]) -> None:
     """The judge's verdict on each cut: largest relative error, or in words what is wrong."""
     for cut in cuts:
-        signal.alarm(PATIENCE * LIMIT)
+        limited(PATIENCE * LIMIT)
         try:
             verdict = oracle.judge(
                 lambda: entry.build().train(entry.training),
@@ -184,7 +189,7 @@ def row(engine: str, name: str) -> dict[str, Any]:
     facts.pop("ready", None)
     if errors:
         facts["error"] = max(errors)
-    if process.returncode == -signal.SIGALRM:
+    if process.returncode == -signal.SIGPROF:
         facts["late"] = "judge" if "seconds" in facts else "engine"
     elif process.returncode:
         facts["crash"] = err.strip().splitlines()[-1][:300] if err.strip() else f"exit {process.returncode}"

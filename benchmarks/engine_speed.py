@@ -5,8 +5,8 @@
 
 One thread, one picture of 224 x 224. Both engines take turns on fresh copies of one network, and the median of the
 rounds counts, as seconds of the processor and of the clock. Torch-Pruning: construction and step of its
-``MagnitudePruner``, scope and ratio alike, told which layers make the outputs. Where it does not end within 60 seconds,
-this library runs alone. ``--zoo`` repeats that for every classifier of the zoo.
+``MagnitudePruner``, scope and ratio alike, told which layers make the outputs. Where it does not end within 60 seconds
+of the processor, this library runs alone. ``--zoo`` repeats that for every classifier of the zoo.
 
 Peak memory: the largest resident size while an engine works (``VmHWM`` after a reset through ``clear_refs``) minus the
 size before, after a run on a small network, median of three processes; ``planned`` counts trace and choice alone, and
@@ -94,14 +94,14 @@ def timed(name: str, engines: list[str], rounds: int) -> None:
     for number in range(rounds + 1):
         for engine in engines:
             fresh, taken = copy.deepcopy(model), found[engine] if number else {}
-            signal.alarm(LIMIT)
+            signal.setitimer(signal.ITIMER_PROF, LIMIT)
             try:
                 with seconds(taken):
                     ENGINES[engine](fresh, picture)
             except Exception as error:
                 engines = [each for each in engines if each != engine]
                 say(engine, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     for engine in engines:
         say(engine, **{clock: statistics.median(values) for clock, values in found[engine].items()})
     say("probe", cpu=probing(model, picture))
@@ -137,7 +137,7 @@ def remembered(name: str, engine: str) -> None:
     """Megabytes at the peak above what the network takes."""
     ENGINES[engine](models.resnet18(weights=None).eval(), torch.randn(1, 3, 224, 224))
     model, picture = network(name)
-    signal.alarm(LIMIT)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     facts = {}
     if engine == "lightning_prune":
         with peak(facts, "planned"):
@@ -196,7 +196,7 @@ def run(*arguments: str) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for line in done.stdout.splitlines():
         facts.update(json.loads(line) if line.startswith("{") else {})
-    if done.returncode == -signal.SIGALRM:
+    if done.returncode == -signal.SIGPROF:
         facts["late"] = True
     elif done.returncode:
         facts["crash"] = done.stderr.strip().splitlines()[-1][:200]
