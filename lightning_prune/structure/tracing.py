@@ -20,7 +20,7 @@ from lightning_prune.structure.elastic import loosen_
 from lightning_prune.structure.explanation import Notes
 from lightning_prune.structure.graph import ChannelGraph
 from lightning_prune.structure.grouping import graph_of
-from lightning_prune.structure.numbers import answer, joining
+from lightning_prune.structure.numbers import Fault, answer, joining
 from lightning_prune.structure.probe import probe
 from lightning_prune.structure.replica import arguments, replica, to_device
 from lightning_prune.structure.watch import Watcher
@@ -78,7 +78,10 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
     def fresh() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         return loosen_(sealed(replica(model, device)), joining(watcher.known)), *to_device((args, named), device)
 
-    while graph.groups and (faults := probe(watcher.records, labels, solution, graph, fresh, device == "meta")):
+    def tried() -> list[Fault]:
+        return probe(watcher.records, labels, solution, graph, fresh, device == "meta", watcher.results.found)
+
+    while graph.groups and (faults := tried()):
         answer(watcher.known, faults)
         solution = labels.solve()
         graph = graph_of(model, watcher.known, solution)

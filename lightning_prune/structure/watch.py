@@ -7,6 +7,7 @@ pins what it reads. The pass runs on tensors without memory where the model allo
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Callable
 from functools import cache
@@ -27,13 +28,42 @@ from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.rules import RULES, pointwise
 from lightning_prune.structure.shapes import foretell
 
+ROOM = 128 * 2**20
+"""Bytes of a pass's results that are kept."""
+
+
+class Results:
+    """What operators returned, by their number in the pass; where that is too much, the largest are forgotten."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, list[Tensor]] = {}
+        self._sizes: list[tuple[int, int]] = []
+        self._room = ROOM
+
+    def keep(self, number: int, tensors: list[Tensor]) -> None:
+        """Take copies, for operators in place may change the tensors."""
+        size = sum(tensor.nbytes for tensor in tensors)
+        heapq.heappush(self._sizes, (-size, number))
+        self._room -= size
+        largest = None
+        while self._room < 0:
+            gone, largest = heapq.heappop(self._sizes)
+            self._room -= gone
+            self.found.pop(largest, None)
+        if largest != number:
+            self.found[number] = [tensor.clone() for tensor in tensors]
+
 
 class Watcher(TorchDispatchMode):
-    """The dispatch mode that writes the notebook (``known``) and the ``records`` of one pass of ``model``, a copy."""
+    """The dispatch mode that writes the notebook (``known``) and the ``records`` of one pass of ``model``, a copy.
+
+    Where tensors have memory, some ``results`` are kept for those who go the same way again.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.model = model
+        self.results = Results()
         self.known = Knowledge(model, named_tensors(model))
         self.records: list[Record] = []
         self._after_branch: list[Axes] | None = None
@@ -88,6 +118,8 @@ class Watcher(TorchDispatchMode):
             return
         shapes = tuple(tensor.shape for tensor in call.outputs)
         scalars = scalars_of(func, args, kwargs)
+        if any(axis is not None for axes in read for axis in axes) and not any(each.is_meta for each in call.outputs):
+            self.results.keep(len(self.records), call.outputs)
         self.records.append(Record(call.name, self.known.module, read, tuple(written), shapes, scalars))
 
     def _pin_all(self, tensors: list[Axes], why: str) -> None:

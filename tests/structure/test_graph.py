@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping
+from typing import ClassVar
 
 import pytest
 import torch
@@ -170,3 +171,30 @@ def test_what_can_not_be_copied_is_shared() -> None:
     vars(model)["forward"] = model.forward
     graph = trace(model, image())
     assert sorted(group.name for group in graph.groups) == ["inner.0", "stem.0"]
+
+
+class _Choosing(nn.Module):
+    """Python looks at a value, so that a trace has to compute."""
+
+    widths: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not inputs.is_meta:
+            self.widths.append(self.layers[0].out_features)
+        out: Tensor = self.layers(inputs)
+        return out if float(out[0, 0]) > 0 else -out
+
+
+@pytest.mark.parametrize(("room", "passes"), [(2**20, 1), (60, 1), (8, 2)])
+def test_values_of_the_first_pass_are_used_again(monkeypatch: pytest.MonkeyPatch, room: int, passes: int) -> None:
+    """Where they fit, no second pass of the dense network is needed; the graph is the same either way."""
+    monkeypatch.setattr("lightning_prune.structure.watch.ROOM", room)
+    monkeypatch.setattr(_Choosing, "widths", [])
+    torch.manual_seed(0)
+    graph = trace(_Choosing(), torch.ones(1, 6))
+    assert [(group.name, group.size) for group in graph.groups] == [("layers.0", 16)]
+    assert _Choosing.widths.count(16) == passes and len(_Choosing.widths) == passes + 3
