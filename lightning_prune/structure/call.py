@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_prune.structure.knowledge import Knowledge
+from lightning_prune.structure.knowledge import Debt, Knowledge
 from lightning_prune.structure.labels import Axes, Axis, Ints, Labels
 
 #: Keyword under which a module that counts as one operator brings its parameters and buffers.
@@ -85,11 +85,11 @@ class Call:
             if axis is not None:
                 self.labels.pin(axis.labels, self._reason(why))
 
-    def pin_if_read(self, axis: Axis | None, why: str) -> None:
-        """As :meth:`pin`, once somebody reads what this operator returns."""
+    def pin_if_read(self, axis: Axis | None, why: str, by_others: bool = False) -> None:
+        """As :meth:`pin`, once what this returns is read; ``by_others``: than the weight it is made of."""
         if axis is not None:
             for tensor in self.outputs:
-                self.known.owe(tensor, axis.labels, self._reason(why))
+                self.known.owe(tensor, Debt(axis.labels, self._reason(why), by_others))
 
     def _reason(self, why: str) -> str:
         return f"Its channels {why} ({self.name} {self.where})."

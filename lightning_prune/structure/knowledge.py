@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,14 @@ class Known(NamedTuple):
     is_weight: bool
 
 
+class Debt(NamedTuple):
+    """Labels that are pinned once a tensor is read, and why; ``by_others``: other than the weight it is made of."""
+
+    labels: Ints
+    reason: str
+    by_others: bool
+
+
 class Knowledge:
     """The notebook of one watched pass.
 
@@ -73,7 +82,7 @@ class Knowledge:
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._known: dict[int, Known] = {}
         self._tainted: set[int] = set()
-        self._debts: dict[int, list[tuple[weakref.ref[Tensor], Ints, str]]] = {}
+        self._debts: dict[int, list[tuple[weakref.ref[Tensor], Debt]]] = {}
 
     @property
     def module(self) -> str:
@@ -140,22 +149,43 @@ class Knowledge:
             if known.reference() is not None and (known.from_data or key in wanted)
         ]
 
-    def owe(self, tensor: Tensor, labels: Ints, reason: str) -> None:
+    def owe(self, tensor: Tensor, debt: Debt) -> None:
         """Pin these labels as soon as somebody reads the tensor, which has mixed them; if nobody does, never."""
-        self._debts.setdefault(id(tensor), []).append((weakref.ref(tensor), labels, reason))
+        self._debts.setdefault(id(tensor), []).append((weakref.ref(tensor), debt))
 
-    def settle(self, tensor: Tensor) -> None:
-        """Pin what is owed for a tensor that is read."""
-        for reference, labels, reason in self._debts.pop(id(tensor), ()):
-            if reference() is tensor:
-                self.labels.pin(labels, reason)
+    def settle(self, tensor: Tensor, beside: Sequence[Tensor] = (), results: Sequence[Tensor] = ()) -> None:
+        """Pin what is owed for a tensor that is read.
+
+        Args:
+            tensor: that is read.
+            beside: weights that meet it position by position: a statistic meets its own, which is renormalised.
+            results: what is made of it and owes as much, where that is to be followed.
+        """
+        for reference, debt in self._debts.pop(id(tensor), ()):
+            if reference() is not tensor:
+                continue
+            if debt.by_others:
+                self.owe(tensor, debt)
+            if debt.by_others and any(self._runs_along(other, debt.labels) for other in beside):
+                self.note_renormalised(debt.labels)
+            elif debt.by_others and results:
+                for result in results:
+                    if result is not tensor:
+                        self.owe(result, debt)
+            else:
+                self.labels.pin(debt.labels, debt.reason)
 
     def settle_live(self) -> None:
         """Pin what is owed for tensors that somebody still holds."""
         for debts in self._debts.values():
-            for reference, labels, reason in debts:
+            for reference, debt in debts:
                 if reference() is not None:
-                    self.labels.pin(labels, reason)
+                    self.labels.pin(debt.labels, debt.reason)
+
+    def _runs_along(self, tensor: Tensor, labels: Ints) -> bool:
+        """Whether these labels are those of one of a weight's dims."""
+        axes = self.axes(tensor) if self.is_weight(tensor) else ()
+        return any(axis is not None and np.isin(labels, axis.labels).all() for axis in axes)
 
     def note_cut(self, *pieces: Ints) -> bool:
         """Note under which names the module at work keeps how long these pieces are, each or in a row; whether it does.

@@ -76,6 +76,9 @@ def _untried(known: Knowledge, where: str, size: int) -> list[str]:
 
 def _numbers(module: nn.Module, size: int) -> Iterator[str]:
     for name, value in vars(module).items():
-        if type(value) is int and value == size and name not in HEAD_WIDTHS:
-            if _CHANNELS.search(name) and not _OTHERS.search(name):
-                yield name
+        if _OTHERS.search(name) or name in HEAD_WIDTHS:
+            continue
+        if type(value) is int and value == size and _CHANNELS.search(name):
+            yield name
+        elif isinstance(value, (list, tuple)) and name.endswith("shape"):
+            yield from (f"{name}.{place}" for place, each in enumerate(value) if type(each) is int and each == size)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_prune.structure.call import Rule, tensors_in
+from lightning_prune.structure.call import Call, Rule, tensors_in
 from lightning_prune.structure.plan import PruningPlan
 from lightning_prune.structure.rules import elementwise, layout, normalisation, reduction
 from lightning_prune.structure.rules.registry import several
@@ -24,6 +24,16 @@ from lightning_prune.structure.rules.registry import several
 def carries(name: str, rule: Rule) -> bool:
     """Whether what an operator makes of a weight is followed: another layout, or arithmetic position by position."""
     return rule is normalisation.batch_norm or (_moves(rule) and name != "_weight_norm") or _by_position(rule)
+
+
+def meetings(call: Call, rule: Rule) -> tuple[list[Tensor], list[Tensor]]:
+    """Of an operator over weights: the tensors that it combines position by position, and the results to follow.
+
+    A statistic that meets the weight it was taken of standardises it. One that goes elsewhere, into a penalty or an
+    activation, tells how many channels there are.
+    """
+    followed = rule is reduction.statistic or carries(call.name, rule)
+    return call.inputs if _by_position(rule) else [], call.outputs if followed else []
 
 
 def _moves(rule: Rule) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
-from lightning_prune.structure.rules.registry import couple, optional, rule, shifted, standardised, together
+from lightning_prune.structure.rules.registry import couple, of_weight, optional, rule, shifted, together
 
 FIXED_PARTNER = "are normalised together with positions that are fixed"
 
@@ -43,7 +43,11 @@ def batch_norm(call: Call) -> list[Axes]:
     source, scale, shift = (call.arg(i, name) for i, name in enumerate(("input", "weight", "bias")))
     axes = list(call.axes(source))
     if call.arg(5, "training") or call.arg(3, "running_mean") is None:
-        _averaged(call, [axis for axis in (axes[0], *axes[2:]) if not standardised(call, source, axis)])
+        for axis in (axes[0], *axes[2:]):
+            if axis is not None and of_weight(call, source, axis):
+                call.known.note_renormalised(axis.labels)
+            else:
+                _averaged(call, [axis])
     for statistic in (call.arg(3, "running_mean"), call.arg(4, "running_var")):
         if statistic is not None:
             zero = bool(axes[1] and axes[1].vanishes)

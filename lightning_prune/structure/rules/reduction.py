@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
-from lightning_prune.structure.rules.registry import positive, rule, several, standardised
+from lightning_prune.structure.rules.registry import of_weight, positive, rule, several
 
 
 def _reduced(
@@ -12,7 +12,7 @@ def _reduced(
 ) -> list[Axes]:
     """Drop dims: a dim whose removed positions are zero may be summed, any other keeps its channels.
 
-    A ``statistic`` of a weight is taken anew over what stays.
+    A ``statistic`` of a weight is taken anew over what stays, where the weight itself is the one to read it.
     """
     source = call.inputs[0]
     rank = source.dim()
@@ -22,8 +22,8 @@ def _reduced(
         axis = axes[dim] if rank else None
         if axis is not None and zeros_pass and axis.vanishes:
             call.labels.mark(axis.labels, "bound")
-        elif not (statistic and standardised(call, source, axis)):
-            call.pin_if_read(axis, "are taken together")
+        else:
+            call.pin_if_read(axis, "are taken together", by_others=statistic and of_weight(call, source, axis))
     kept: list[Axis | None] = []
     for dim, axis in enumerate(axes):
         if dim not in gone:

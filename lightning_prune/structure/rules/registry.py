@@ -54,14 +54,11 @@ def contract(call: Call, a: Axis | None, b: Axis | None, weighted: bool = True) 
     call.pin(b, why)
 
 
-def standardised(call: Call, source: Tensor, axis: Axis | None) -> bool:
-    """Whether statistics of a weight run along a dim of its own, so that they can be those of what stays."""
+def of_weight(call: Call, source: Tensor, axis: Axis | None) -> bool:
+    """Whether this is a weight along a dim of its own, over which statistics can be those of what stays."""
     if axis is None or call.known.from_data(source) or not call.known.is_weight(source):
         return False
-    if not bool(((axis.labels > FIXED) & (axis.labels < call.labels.atoms)).all()):
-        return False
-    call.known.note_renormalised(axis.labels)
-    return True
+    return bool(((axis.labels > FIXED) & (axis.labels < call.labels.atoms)).all())
 
 
 def couple(call: Call, labels: Ints, rows: int) -> Ints:
