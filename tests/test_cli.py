@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_prune.cli import main
+from lightning_prune.reports import Cost, PruningReport, read_report, write_report
 from lightning_prune.structure import read_slim_plan
 from lightning_prune.structure.plan import PruningPlan
 
@@ -292,9 +293,23 @@ def test_from_a_plan_to_onnx(module: str, capsys: pytest.CaptureFixture[str]) ->
     assert "signature" in capsys.readouterr().out
     assert main(["inspect", "slim.safetensors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"]["0"] == [8, 4]
-    assert main(["export", "slim.safetensors", *model, "--input", "2,1,8,8", "--out", "slim.onnx", "--json"]) == 0
+    export = ["export", "slim.safetensors", *model, "--input", "2,1,8,8"]
+    assert main([*export, "--out", "slim.onnx", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["batches"] == [2, 3]
     assert Path("slim.onnx").stat().st_size > 0
+    widths = read_slim_plan("slim.safetensors").widths()
+    rows = [(layer, before, after) for layer, (before, after) in widths.items()]
+    write_report(PruningReport(rows, Cost(800, 100), Cost(400, 50)), "report.json")
+    write_report(PruningReport([("other", 4, 2)], Cost(800, 100), Cost(400, 50)), "others.json")
+    archive = ["--format", "torch_export", "--out", "slim.pt2"]
+    assert main([*export, *archive]) == 0
+    assert "Named in report.json and on its page." in capsys.readouterr().out
+    assert [each.file for each in read_report("report.json").exports] == ["slim.pt2"]
+    assert main([*export, *archive, "--report", "others.json"]) == 1
+    assert "others.json is the report of another surgery" in capsys.readouterr().err
+    Path("others.json").replace("report.json")
+    assert main([*export, *archive]) == 0 and "Named" not in capsys.readouterr().out
+    assert main([*export, *archive, "--report", "none.json"]) == 1
     assert main(["plan", *model, "--input", "2,1,8,8", "--ratio", "0.25", "--out", "less.json"]) == 0
     capsys.readouterr()
     assert main(["plan", "diff", "plan.json", "less.json"]) == 1

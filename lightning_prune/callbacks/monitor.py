@@ -19,6 +19,7 @@ from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.callbacks.watching import reading_state
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports import plots
+from lightning_prune.reports.wording import first_line
 
 
 class PruningMonitor(Callback):
@@ -150,12 +151,13 @@ class PruningMonitor(Callback):
         for quantity in ("energy", "separation") if takers else ():
             try:
                 axes = plots.curves(self._diary.moments, quantity)
-            except ConfigurationError as error:
-                rank_zero_warn(f"PruningMonitor draws no figures: {error}")
+                for take in takers:
+                    take(f"pruning/{quantity}", axes, trainer.global_step)
+            except Exception as error:  # matplotlib is missing, or a logger takes no figures today
+                said = str(error) if isinstance(error, ConfigurationError) else f"{first_line(error)}."
+                rank_zero_warn(f"PruningMonitor draws no figures: {said}")
                 self._can_draw = False
                 return
-            for take in takers:
-                take(f"pruning/{quantity}", axes, trainer.global_step)
 
 
 def _taker(logger: Any) -> Callable[[str, Any, int], None] | None:

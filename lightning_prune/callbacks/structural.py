@@ -134,7 +134,6 @@ class StructuralPruning(PruningCallback):
         self.report_file = report_file
         self._stage = FinetuneStage(finetune, finetune_optimizer, finetune_scheduler)
         self._guard = StopGuard()
-        self._publisher = Publisher(report_file)
         self._permanent = PermanentMask()
         self._partners: list[Regulariser] = []
         self._fit: tuple[Any, Any] | None = None
@@ -154,6 +153,7 @@ class StructuralPruning(PruningCallback):
         self._dense: nn.Module | None = None
         self._columns = AccuracyColumns(self.monitor)
         self._diary = Diary()
+        self._publisher = Publisher(self.report_file)
         self._report: PruningReport | None = None
 
     @property
@@ -175,6 +175,11 @@ class StructuralPruning(PruningCallback):
     def report(self) -> PruningReport | None:
         """What surgery did, with the accuracy known so far; ``None`` before surgery and on other ranks than 0."""
         return self._report
+
+    @property
+    def report_path(self) -> Path | None:
+        """The report's file, for :func:`~lightning_prune.export`; ``None`` before it is written, and on other ranks."""
+        return self._publisher.path
 
     # Before the first step.
 

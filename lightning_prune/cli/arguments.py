@@ -42,6 +42,7 @@ def parser_of() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=("onnx", "torch_export"), default="onnx", help="default: %(default)s")
     export.add_argument("--fixed-batch", action="store_true", help="keep the number of samples of --input")
     export.add_argument("--tolerance", type=float, default=1e-4, help="relative to the largest output (%(default)s)")
+    export.add_argument("--report", help="report.json to name it in; else the one of this network beside the slim file")
     _add_json(export)
     export.set_defaults(run=commands.export, takes_rest=False)
     return parser

@@ -18,6 +18,7 @@ from lightning_prune.cli.models import dense_model
 from lightning_prune.cli.preview import Preview, preview_of
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports import export as export_
+from lightning_prune.reports import read_report
 from lightning_prune.reports.report import write_text
 from lightning_prune.structure import Plan, PruningPlan, choose, load_slim, prune_, save_slim, trace
 from lightning_prune.structure.slim_file import read_slim_header, read_slim_plan
@@ -155,7 +156,7 @@ def inspect(asked: argparse.Namespace, rest: Sequence[str]) -> int:
 def export(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     """Load a slim file and write it in another format."""
     model = dense_model(asked)
-    load_slim(asked.file, model)
+    report = _report_of(asked.file, load_slim(asked.file, model), asked.report)
     made = export_(
         model,
         asked.out,
@@ -163,9 +164,27 @@ def export(asked: argparse.Namespace, rest: Sequence[str]) -> int:
         format=asked.format,
         dynamic_batch=not asked.fixed_batch,
         tolerance=asked.tolerance,
+        report=report,
     )
-    sys.stdout.write(made.to_json() if asked.json else f"{made}\n")
+    named = f"Named in {report} and on its page.\n" if report else ""
+    sys.stdout.write(made.to_json() if asked.json else f"{made}\n{named}")
     return 0
+
+
+def _report_of(file: str, plan: Plan, asked: str | None) -> Path | None:
+    """The report of the surgery that made a slim file: the one asked for, or one that lies beside it."""
+    path = Path(asked) if asked else Path(file).with_name("report.json")
+    try:
+        report = read_report(path)
+    except ConfigurationError:
+        if asked:
+            raise
+        return None
+    if {name: (before, after) for name, before, after in report.layers} == tables.counts(plan):
+        return path
+    if asked:
+        raise ConfigurationError(f"{path} is the report of another surgery than the one that made {file}.")
+    return None
 
 
 def _inputs(asked: argparse.Namespace) -> tuple[Any, ...]:

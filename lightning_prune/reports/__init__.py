@@ -1,7 +1,9 @@
 """What pruning did, measured: looks at models, never changes them."""
 
 from lightning_prune.reports.cost import Cost, count_cost
-from lightning_prune.reports.export import Export, export
+from lightning_prune.reports.export import export
+from lightning_prune.reports.exported import Export
+from lightning_prune.reports.files import read_report, write_report
 from lightning_prune.reports.history import Moment, Validation
 from lightning_prune.reports.html import report_html, write_html
 from lightning_prune.reports.latency import Latency, compare_latency, measure_latency
@@ -22,7 +24,9 @@ __all__ = [
     "export",
     "mean_jacobian_singular_value",
     "measure_latency",
+    "read_report",
     "report_html",
     "surgery_table",
     "write_html",
+    "write_report",
 ]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,47 +16,15 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import ConfigurationError, ExportError
+from lightning_prune.reports.exported import Export
+from lightning_prune.reports.files import add_export, read_report
 from lightning_prune.reports.silence import silence
 from lightning_prune.structure.batches import resized
 from lightning_prune.structure.replica import arguments, quiet_room, replica, to_device, uncompiled
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Runner = Callable[[Inputs], list[Tensor]]
-Writer = Callable[[nn.Module, Inputs, Any, Path], tuple[Runner, dict[str, str]]]
-
-
-@dataclass(frozen=True)
-class Export:
-    """One exported file, and how far it departs from the network it was made of.
-
-    Args:
-        format: ``"onnx"`` or ``"torch_export"``.
-        file: name of the file, without its folder.
-        size: of the file, bytes.
-        error: largest difference between its outputs and the network's, relative to the largest output.
-        tolerance: that was allowed.
-        batches: numbers of samples at which they were compared.
-        versions: of what wrote and ran it.
-    """
-
-    format: str
-    file: str
-    size: int
-    error: float
-    tolerance: float
-    batches: tuple[int, ...]
-    versions: Mapping[str, str]
-
-    def to_json(self) -> str:
-        """Sorted and indented."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
-
-    def __str__(self) -> str:
-        sizes = " and ".join(map(str, self.batches))
-        return (
-            f"{self.file}: {self.format}, {self.size / 1e6:.2f} MB, departs by {self.error:.1e} of the largest output"
-            f" at batch {sizes}"
-        )
+Writer = Callable[[nn.Module, Inputs, Any, Path], tuple[Runner, dict[str, str], int | None]]
 
 
 def export(
@@ -70,6 +36,7 @@ def export(
     format: str = "onnx",
     dynamic_batch: bool = True,
     tolerance: float = 1e-4,
+    report: str | os.PathLike[str] | None = None,
 ) -> Export:
     """Write a model in evaluation mode as ONNX or as a ``torch.export`` archive, run the file, and compare.
 
@@ -85,9 +52,11 @@ def export(
         dynamic_batch: whether the file takes any number of samples. It is compared with the given number (at least
             two) and with one more then; without, with the given number only.
         tolerance: largest difference that is allowed, relative to the largest output.
+        report: the ``report.json`` of the run that made the model, as in ``StructuralPruning.report_path``: the result
+            is named there and on the page beside it.
 
     Raises:
-        ConfigurationError: an unknown format, no example input, or a package that is missing.
+        ConfigurationError: an unknown format, no example input, no such report, or a package that is missing.
         ExportError: the model can't be captured, or the file computes something else; nothing is written.
 
     >>> from tempfile import TemporaryDirectory
@@ -100,6 +69,8 @@ def export(
         raise ConfigurationError(f"format={format!r} must be one of {', '.join(_WRITERS)}.")
     if not tolerance > 0:
         raise ConfigurationError(f"tolerance={tolerance} must be positive.")
+    if report is not None:
+        read_report(report)
     inputs = _inputs_of(model, example_inputs, kwargs)
     samples = _samples(inputs)
     batches: tuple[int, ...] = (samples,)
@@ -113,7 +84,7 @@ def export(
         with quiet_room(), torch.no_grad(), silence("torch.onnx"), silence("onnxscript"):
             try:
                 shapes = _dynamic_shapes(network, inputs) if dynamic_batch else None
-                run, versions = _WRITERS[format](network, inputs, shapes, draft)
+                run, versions, opset = _WRITERS[format](network, inputs, shapes, draft)
                 error = max(_error(network, run, resized(inputs, size)) for size in batches)
             except ConfigurationError:
                 raise
@@ -125,9 +96,11 @@ def export(
                 f" tolerance={tolerance:g}; it was not written."
             )
         size = draft.stat().st_size
-        os.chmod(draft, 0o644)
         draft.replace(target)
-    return Export(format, target.name, size, error, tolerance, batches, versions)
+    exported = Export(format, target.name, size, error, tolerance, batches, versions, opset)
+    if report is not None:
+        add_export(report, exported)
+    return exported
 
 
 def _sentence(network: nn.Module, format: str, failure: Exception, dynamic_batch: bool) -> str:
@@ -137,12 +110,14 @@ def _sentence(network: nn.Module, format: str, failure: Exception, dynamic_batch
     return f"{type(network).__name__} can't be written as {format}: {said}{hint}."
 
 
-def _write_onnx(network: nn.Module, inputs: Inputs, shapes: Any, draft: Path) -> tuple[Runner, dict[str, str]]:
+def _write_onnx(
+    network: nn.Module, inputs: Inputs, shapes: Any, draft: Path
+) -> tuple[Runner, dict[str, str], int | None]:
     _require("onnx", "onnxruntime", "onnxscript")
     import onnxruntime
 
     args, kwargs = inputs
-    torch.onnx.export(
+    program = torch.onnx.export(
         network, args, draft, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
     )
     options = onnxruntime.SessionOptions()
@@ -154,10 +129,13 @@ def _write_onnx(network: nn.Module, inputs: Inputs, shapes: Any, draft: Path) ->
         values = (tensor.numpy() for tensor in _tensors(_bound(network, inputs)))
         return [torch.as_tensor(each) for each in session.run(None, dict(zip(names, values, strict=True)))]
 
-    return run, _versions("torch", "onnx", "onnxruntime", "onnxscript")
+    opset = None if program is None else program.model.opset_imports.get("")
+    return run, _versions("torch", "onnx", "onnxruntime", "onnxscript"), opset
 
 
-def _write_torch_export(network: nn.Module, inputs: Inputs, shapes: Any, draft: Path) -> tuple[Runner, dict[str, str]]:
+def _write_torch_export(
+    network: nn.Module, inputs: Inputs, shapes: Any, draft: Path
+) -> tuple[Runner, dict[str, str], int | None]:
     args, kwargs = inputs
     torch.export.save(torch.export.export(network, args, kwargs, dynamic_shapes=shapes), draft)
     loaded = torch.export.load(draft).module()
@@ -165,7 +143,7 @@ def _write_torch_export(network: nn.Module, inputs: Inputs, shapes: Any, draft: 
     def run(inputs: Inputs) -> list[Tensor]:
         return _tensors(loaded(*inputs[0], **inputs[1]))
 
-    return run, _versions("torch")
+    return run, _versions("torch"), None
 
 
 _WRITERS: dict[str, Writer] = {"onnx": _write_onnx, "torch_export": _write_torch_export}

@@ -29,6 +29,9 @@ _STAGES = {
     "after": "right after surgery",
     "finetuned": "finetuned",
 }
+BRAND = '<p class="brand">lightning_prune</p>'
+"""By this a page is known to be ours."""
+
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -50,6 +53,7 @@ def report_html(report: PruningReport) -> str:
         _section(f"{unit.capitalize()} per layer", _layers(report)),
         _section("The sparse stage", _history(report)),
         _section("Proof", _proof(report)),
+        _section("Exported files", _exports(report)),
         _section("How it was made", _origin(report)),
     ]
     style = files("lightning_prune.reports").joinpath("report.css").read_text(encoding="utf-8")
@@ -96,7 +100,7 @@ def _heading(report: PruningReport) -> str:
         f'<p class="from">from {escape(before)} <b>{escape(change)}</b></p></div>'
         for (name, before, after), change in zip(tiles, changes, strict=True)
     )
-    head = f'<header><p class="brand">lightning_prune</p><h1>{_title(report)}</h1></header>'
+    head = f"<header>{BRAND}<h1>{_title(report)}</h1></header>"
     return f'{head}<div class="tiles">{cards}</div>'
 
 
@@ -245,6 +249,20 @@ def _proof(report: PruningReport) -> str:
         names = ", ".join(map(escape, report.renormalised))
         lines.append(f"<p>Norms and standardised weights that now run over fewer channels: {names}.</p>")
     return "".join(lines)
+
+
+def _exports(report: PruningReport) -> str:
+    if not report.exports:
+        return ""
+    rows = [
+        (each.file, each.kind, size(each.size), f"{each.error:.1e}", " and ".join(map(str, each.batches)))
+        for each in report.exports
+    ]
+    note = (
+        "departs: largest difference from the network's outputs, relative to the largest, at these numbers of samples"
+    )
+    table = _table(("file", "format", "size", "departs", "batches"), rows, names=2)
+    return f'{table}<p class="note">{escape(note)}.</p>'
 
 
 def _origin(report: PruningReport) -> str:

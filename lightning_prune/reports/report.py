@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +12,11 @@ from typing import Any
 
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports.cost import Cost
+from lightning_prune.reports.exported import Export
 from lightning_prune.reports.history import Moment, Validation, finite
 from lightning_prune.reports.latency import VARIANTS, Latency
 from lightning_prune.structure.budget import Outcome
+from lightning_prune.structure.drafts import draft_of
 
 FORMAT = 1
 STAGES = ("dense", "before", "after", "finetuned")
@@ -23,6 +24,7 @@ UNITS = {
     "budgets": "asked and reached, of the whole network: MACs per sample, parameters, or milliseconds per batch",
     "accuracy": "the monitored metric: dense, just before surgery, right after surgery, finetuned",
     "bytes": "of the network's weights in a file, without its header",
+    "exports": "files made of the slim network; size in bytes, error relative to the largest output",
     "error": "largest difference between masked and pruned network, relative to the largest output",
     "fastest": "of the slim network's variants at each batch size the plainest that is as fast as the fastest",
     "history": "one entry per method and epoch of the sparse stage; strength, penalty in units of the loss",
@@ -101,6 +103,7 @@ class PruningReport:
         validations: the metric at every validation.
         config: name of a callback, the trainer or an optimiser -> argument -> value, all that JSON can hold.
         commit: of the repository that the run was started in; ``None`` where there is none.
+        exports: files that were made of the slim network, and how far each departs from it.
 
     Raises:
         ConfigurationError: ``accuracy`` knows another stage, ``unit`` is another, or the latencies were taken at
@@ -133,6 +136,7 @@ class PruningReport:
     validations: Sequence[Validation] = ()
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     commit: str | None = None
+    exports: Sequence[Export] = ()
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.accuracy) - set(STAGES))
@@ -147,7 +151,7 @@ class PruningReport:
                 raise ConfigurationError(f"Latency was taken at {unit} {before} before and {after} after.")
         # Lists and tuples would not compare equal after a round trip through JSON.
         lists = ("latency_before", "latency_after", "budgets", "renormalised", "warnings", "history", "validations")
-        for name in lists:
+        for name in (*lists, "exports"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "layers", tuple((name, int(old), int(new)) for name, old, new in self.layers))
         object.__setattr__(self, "accuracy", {stage: finite(self.accuracy.get(stage)) for stage in STAGES})
@@ -200,6 +204,7 @@ class PruningReport:
             values[name] = [Latency(**latency) for latency in values[name]]
         values["budgets"] = [Outcome(**outcome) for outcome in values.get("budgets", ())]
         values["history"] = [Moment(**moment) for moment in values.get("history", ())]
+        values["exports"] = [Export(**each) for each in values.get("exports", ())]
         values["validations"] = [Validation(**validation) for validation in values.get("validations", ())]
         return cls(**values)
 
@@ -210,14 +215,6 @@ class PruningReport:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file at once: a reader sees the old one or the new one, never a part."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with draft_of(path) as draft, os.fdopen(os.open(draft, os.O_WRONLY), "w", encoding="utf-8") as file:
+        file.write(text)

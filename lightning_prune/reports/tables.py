@@ -69,6 +69,7 @@ def _caption(report: PruningReport) -> str:
     if report.renormalised:
         names = ", ".join(report.renormalised)
         lines.append(f"Norms and standardised weights over fewer channels than before: {names}.")
+    lines += [f"Exported: {each}." for each in report.exports]
     return "\n".join([*lines, *report.warnings])
 
 

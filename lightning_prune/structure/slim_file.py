@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError, SlimFileError
+from lightning_prune.structure.drafts import draft_of
 from lightning_prune.structure.plan import Member, PruningPlan, named_tensors, plain_name, signature
 from lightning_prune.structure.sparsity import Plan, SparsityPlan, check_masks
 from lightning_prune.structure.surgery import check_fits, prune_
@@ -63,7 +62,8 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **m
     except TypeError as error:
         raise SlimFileError(f"The metadata must be what JSON can hold: {error}.") from error
     try:
-        _write(Path(path), {name: tensor.clone() for name, tensor in tensors.items()}, text)
+        with draft_of(path) as draft:
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, draft, metadata={KEY: text})
     except (OSError, SafetensorError) as error:
         raise SlimFileError(f"The slim file can't be written to {os.fspath(path)}: {error}.") from error
 
@@ -135,18 +135,6 @@ def load_slim(path: str | os.PathLike[str], model: nn.Module) -> Plan:
         for name, tensor in _stored(model).items():
             tensor.copy_(tensors[name])
     return plan
-
-
-def _write(target: Path, tensors: dict[str, Tensor], text: str) -> None:
-    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, draft, metadata={KEY: text})
-        os.chmod(draft, 0o644)
-        Path(draft).replace(target)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
 
 
 def _plan_of(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:

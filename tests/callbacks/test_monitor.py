@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +24,7 @@ from lightning_prune import GReg1, PruningMonitor, StructuralPruning
 from lightning_prune.callbacks import monitor as home
 from lightning_prune.callbacks.targets import FAR
 from lightning_prune.errors import ConfigurationError, PlanError
+from lightning_prune.reports import Moment, plots
 from lightning_prune.schedules import GReg1Schedule
 from tests.callbacks.nets import Classifier, conv_net, image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
@@ -168,8 +171,15 @@ class Gallery(Logger):
         self.kind = kind
         self.figures: list[tuple[str, Any, int]] = []
         self.scalars: set[str] = set()
+        self.is_broken = False
         if kind == "log_image":
-            self.log_image = lambda key, images, step: self.figures.append((key, images[0], step))
+            self.log_image = self._log_image
+
+    def _log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        """With the signature of Lightning's ``WandbLogger.log_image``."""
+        if self.is_broken:
+            raise ConnectionError("no route to the gallery")
+        self.figures.append((key, images[0], step))
 
     @property
     def experiment(self) -> Any:
@@ -192,6 +202,36 @@ def test_figures_go_to_loggers_that_take_them(tmp_path: Path) -> None:
     assert galleries[0].figures[0][1].savefig is not None
     assert galleries[1].figures[0][1].ndim == 3
     assert all("greg1/separation" in gallery.scalars for gallery in galleries)
+
+
+def test_lightnings_wandb_logger_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own code, over a library that only writes down what would be sent."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    sent: list[dict[str, Any]] = []
+    run_ = type("Run", (), {"log": lambda _, metrics, **__: sent.append(metrics)})
+    image = type("Image", (), {"__init__": lambda self, pixels: setattr(self, "pixels", pixels)})
+    for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.wandb_run"):
+        module = ModuleType(name)
+        vars(module).update({"Image": image, "Run": run_, "RunDisabled": run_, "run": None})
+        monkeypatch.setitem(sys.modules, name, module)
+    logger = WandbLogger.__new__(WandbLogger)
+    vars(logger).update({"_experiment": run_(), "_prefix": "", "_wandb_init": {}})
+    take = home._taker(logger)
+    assert take is not None
+    take("pruning/energy", plots.curves([Moment("greg1", 0, 10, "grow", 0.1, energy=0.5)]), 7)
+    (metrics,) = sent
+    assert metrics["trainer/global_step"] == 7
+    assert metrics["pruning/energy"][0].pixels.shape[2] == 3 and metrics["pruning/energy"][0].pixels.dtype == np.uint8
+
+
+def test_a_logger_that_fails_stops_the_figures_and_nothing_else(tmp_path: Path) -> None:
+    gallery = Gallery("log_image")
+    gallery.is_broken = True
+    with pytest.warns(UserWarning, match="draws no figures: ConnectionError: no route to the gallery") as caught:
+        result = run(tmp_path, PruningMonitor(), picker=GReg1(0.5, epochs=2), surgery=surgeon(), logger=gallery)
+    assert sum("draws no figures" in str(warning.message) for warning in caught) == 1
+    assert result.surgery.plan is not None and "greg1/separation" in gallery.scalars
 
 
 def test_tensorboard_itself_takes_them(tmp_path: Path) -> None:

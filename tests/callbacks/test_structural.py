@@ -31,6 +31,7 @@ from lightning_prune.callbacks.ascp import ASCP
 from lightning_prune.callbacks.greg import GReg1, GReg2
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, ProofError, PruningError
+from lightning_prune.reports.files import read_report
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.schedules import GReg1Schedule, GReg2Schedule
 from lightning_prune.structure import choose, load_slim, masked_state, read_slim_header, save_slim, trace
@@ -280,6 +281,33 @@ def test_a_report_that_cant_be_written_stops_nothing(tmp_path: Path) -> None:
         result = run(tmp_path, surgery=surgery)
     assert sum("can't be written" in str(warning.message) for warning in caught) == 1
     assert result.watch.widths[-1] == 4
+
+
+def test_a_report_replaces_nobody_elses_file(tmp_path: Path) -> None:
+    """What an earlier run of ours has left is replaced."""
+    (tmp_path / "report.html").write_text("<p>accounts of a year</p>")
+    (tmp_path / "report-1.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"report goes to .*report-2\.json: a file of the usual name is none of ours"):
+        surgery = run(tmp_path, surgery=surgeon(monitor="val_acc")).surgery
+    assert surgery.report_path == tmp_path / "report-2.json"
+    assert read_report(surgery.report_path) == surgery.report and (tmp_path / "report-2.html").is_file()
+    assert (tmp_path / "report.html").read_text() == "<p>accounts of a year</p>"
+    assert (tmp_path / "report-1.json").read_text() == "{}" and not (tmp_path / "report.json").exists()
+    (tmp_path / "report.html").unlink()
+    for _ in range(2):
+        assert run(tmp_path).surgery.report_path == tmp_path / "report.json"
+
+
+@pytest.mark.parametrize("fault", ["html._cost", "tables._caption", "report.PruningReport.write"])
+def test_a_page_or_table_that_fails_stops_nothing(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> str:
+        raise ValueError("nothing to draw\nin many words")
+
+    monkeypatch.setattr(f"lightning_prune.reports.{fault}", fail)
+    with pytest.warns(UserWarning, match="ValueError: nothing to draw; training goes on, and Struct") as caught:
+        result = run(tmp_path, surgery=surgeon(monitor="val_acc"))
+    assert sum("nothing to draw" in str(warning.message) for warning in caught) == 1
+    assert result.watch.widths[-1] == 4 and result.surgery.report.accuracy["finetuned"] is not None
 
 
 def test_a_network_that_cant_be_counted_is_pruned_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

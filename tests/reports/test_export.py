@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_prune import ConfigurationError, ExportError, choose, export, prune_, trace
+from lightning_prune.reports import Cost, PruningReport, read_report, surgery_table, write_report
 from tests.reports.untouched import untouched
 
 FORMATS = {"onnx": "net.onnx", "torch_export": "net.pt2"}
@@ -47,6 +48,27 @@ def test_a_slim_network_is_exported_for_any_batch(format: str, tmp_path: Path) -
     assert exported.size == (tmp_path / FORMATS[format]).stat().st_size
     assert [path.name for path in tmp_path.iterdir()] == [FORMATS[format]]
     assert FORMATS[format] in str(exported) and '"error"' in exported.to_json()
+    assert (exported.opset is None) == (format == "torch_export") and "opset" in exported.to_json()
+
+
+def test_the_result_is_named_in_the_report(tmp_path: Path) -> None:
+    """In the data, on the page and in the table; once per file, and nothing is written for a report that is none."""
+    model, images, report = network(), torch.randn(2, 1, 6, 6), tmp_path / "report.json"
+    write_report(PruningReport([("0", 16, 8)], Cost(800, 100), Cost(400, 50)), report)
+    first, _, other = (
+        export(model, tmp_path / name, images, format=format, report=report)
+        for name, format in (("a.onnx", "onnx"), ("b.pt2", "torch_export"), ("b.pt2", "torch_export"))
+    )
+    named = read_report(report)
+    assert named.exports == (first, other) and PruningReport.from_json(named.to_json()) == named
+    page = (tmp_path / "report.html").read_text()
+    assert "Exported files" in page and "a.onnx" in page and f"onnx (opset {first.opset})" in page
+    assert f"Exported: {first}." in str(surgery_table(named).caption)
+    (tmp_path / "foreign.json").write_text("{}")
+    for path, said in (("foreign.json", "pruning report"), ("none.json", "can't be read: No such file")):
+        with pytest.raises(ConfigurationError, match=said):
+            export(model, tmp_path / "c.pt2", images, format="torch_export", report=tmp_path / path)
+    assert not (tmp_path / "c.pt2").exists()
 
 
 def test_onnx_runs_at_another_batch(tmp_path: Path) -> None:
