@@ -44,6 +44,9 @@ class Net(LightningModule):
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
@@ -52,7 +55,7 @@ class Data(LightningDataModule):
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.randn(32, 1, 8, 8), torch.arange(32) % 4), batch_size=8)
 
-    val_dataloader = train_dataloader
+    val_dataloader = test_dataloader = train_dataloader
 """
 
 BASE = """
@@ -121,6 +124,43 @@ parser.add_argument("--ratio", type=float)
 pull = GReg1(parser.parse_args().ratio, epochs=4)
 callbacks = [pull, StructuralPruning(monitor="val_loss"), EarlyStopping("val_loss"), Phases()]
 Trainer(max_epochs=9, accelerator="cpu", callbacks=callbacks).fit(Scheduled(), Data())
+"""
+
+
+BUSY = """
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
+from lightning_prune import GReg1, MaskSparsity, StructuralPruning
+from {module} import Data, Net
+
+
+class Reads(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.callback_metrics["val_loss"].item()
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint("by_hand.ckpt")
+
+
+class Busy(Net):
+    lr = 0.05
+
+    def configure_callbacks(self):
+        return [ModelCheckpoint(dirpath="kept", every_n_train_steps=1, save_last=True)]
+
+    def on_train_epoch_end(self):
+        self.trainer.callback_metrics["val_loss"].item()
+
+
+mask = MaskSparsity(0.5, epochs=4, global_epochs=3, restart_from="baseline", ignore=["net.3"])
+pull = GReg1(0.5, start=3, epochs=3, ignore=["net.0"])
+settings = {{"max_epochs": 9, "accelerator": "cpu", "devices": "auto"}}
+trainer = Trainer(callbacks=[mask, pull, StructuralPruning(), Reads()], **settings)
+print("before:", trainer.validate(Busy(), Data())[0]["val_loss"], len(trainer.test(Busy(), Data(), verbose=False)))
+if {tuned}:
+    print(Tuner(trainer).lr_find(Busy(), datamodule=Data()))
+trainer.fit(Busy(), Data())
 """
 
 
@@ -205,6 +245,23 @@ def test_what_waits_for_validation_stops_no_preview(module: str, capsys: pytest.
     assert (stage["start"], stage["steps"]) == (0, 16)
     phases = Path("phases.txt").read_text().split()
     assert len(phases) == 21 and phases[:11] == ["wait"] * 11 and "wait" not in phases[11:]
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_what_a_busy_script_does_besides_leaves_no_file(
+    tuned: bool, module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation before training, a tuner, checkpoints from everywhere, metrics of a validation that doesn't come."""
+    monkeypatch.setattr("lightning.pytorch.accelerators.cpu.CPUAccelerator.auto_device_count", lambda _: 2)
+    Path("busy.py").write_text(BUSY.format(module=module, tuned=tuned))
+    before, save = written(), Trainer.save_checkpoint
+    assert main(["plan", "--script", "busy.py", "--json"]) == 0
+    caught = capsys.readouterr()
+    first, second = json.loads(caught.out)["stages"]
+    assert (first["method"], first["start"], first["steps_per_epoch"], first["steps"]) == ("MaskSparsity", 0, 2, 8)
+    assert (second["method"], second["start"], second["steps"]) == ("GReg1", 3, 6)
+    assert json.loads(caught.out)["sparse_ms"] > 0 and "before: " in caught.err
+    assert written() == before and Trainer.save_checkpoint is save
 
 
 @pytest.mark.usefixtures("module")
@@ -314,6 +371,32 @@ def test_from_a_plan_to_onnx(module: str, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert main(["plan", "diff", "plan.json", "less.json"]) == 1
     assert "0.weight dim 0: 4 -> 6 of 8" in capsys.readouterr().out
+
+
+def test_what_round_to_auto_has_found_is_told(
+    module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the preview, in the plan's file, and by every command that reads it."""
+    monkeypatch.setattr("lightning_prune.structure.choice.fast_multiple", lambda model: 4)
+    monkeypatch.setattr("lightning_prune.callbacks.base.fast_multiple", lambda model: 2)
+    model = ["--model", f"{module}.net", "--model-args", '{"width": 16}']
+    shape = ["--input", "2,1,8,8"]
+    assert main(["plan", *model, *shape, "--ratio", "0.6", "--round-to", "auto", "--out", "plan.json"]) == 0
+    assert main(["inspect", "plan.json"]) == 0
+    assert main(["plan", "apply", "plan.json", *model, "--out", "slim.safetensors"]) == 0
+    assert capsys.readouterr().out.lower().count("widths are multiples of 4") == 3
+    assert json.loads(Path("plan.json").read_text())["round_to"] == 4
+    assert main(["inspect", "slim.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["round_to"] == 4
+    assert main(["plan", *model, *shape, "--ratio", "0.6", "--round-to", "8", "--out", "other.json"]) == 0
+    capsys.readouterr()
+    assert main(["plan", "diff", "plan.json", "other.json"]) == 1
+    assert "round_to: 4 -> 8" in capsys.readouterr().out
+    Path("auto.yaml").write_text(PRUNE.format(method="GReg1", epochs="3, round_to: auto"))
+    assert main(["plan", "-c", "base.yaml", "-c", "auto.yaml", "--json", "--out", "run.json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out[out.index("{") :])["round_to"] == 2
+    assert json.loads(Path("run.json").read_text())["round_to"] == 2
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,10 @@ class Regulariser(Method):
         if self._acts:
             self._end_epoch(trainer)
 
+    def begin_early(self) -> None:
+        """Begin the sparse stage with the next batch, whatever ``start`` says; for previews."""
+        self._is_called = True
+
     def end_early(self) -> None:
         """End the sparse stage now; surgery may follow. Only after a batch of this process."""
         if self._acts and not self.ready:
@@ -384,7 +388,7 @@ class Regulariser(Method):
             return
         if not self._grain.sizes:
             ranks.run_together(trainer, lambda: self._join(trainer, graph), self._label)
-        if self._phase == "wait" and trainer.current_epoch >= self.start:
+        if self._phase == "wait" and (self._is_called or trainer.current_epoch >= self.start):
             ranks.run_together(trainer, lambda: self._enter(trainer, completed), self._label)
         step = completed - self._origin
         if self._phase == "wait" or step == self._step:

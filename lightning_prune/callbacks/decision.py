@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -89,6 +90,7 @@ def decide(
     """
     removal: dict[str, Sequence[int]] = {}
     merges: dict[str, dict[int, int]] = {}
+    partners = list(partners)
     for partner in partners:
         for group, numbers in partner.removal().items():
             if group in removal:
@@ -96,15 +98,25 @@ def decide(
             removal[group] = compact(numbers)
         merges |= partner.merges()
     if capture.graph is not None and capture.name is not None:
-        plan = plan_of(capture.graph, removal, merges)
+        plan = plan_of(capture.graph, removal, merges, common_multiple(partners))
         return Decision(removal, merges, capture.name, plan, rooted(plan, pl_module, capture.name))
     return loaded if loaded is not None and (loaded.removal, loaded.merges) == (removal, merges) else None
 
 
-def plan_of(graph: ChannelGraph, removal: Mapping[str, Sequence[int]], merges: Mapping[str, Mapping[int, int]]) -> Plan:
+def plan_of(
+    graph: ChannelGraph,
+    removal: Mapping[str, Sequence[int]],
+    merges: Mapping[str, Mapping[int, int]],
+    round_to: int = 1,
+) -> Plan:
     """The plan by which these channels or single weights of the traced model go."""
     weights = {name: numbers for name, numbers in removal.items() if isinstance(numbers, Bits)}
-    return weight_graph(graph).plan(weights) if weights else graph.plan(removal, merges)
+    return weight_graph(graph).plan(weights) if weights else replace(graph.plan(removal, merges), round_to=round_to)
+
+
+def common_multiple(partners: Iterable[Regulariser]) -> int:
+    """What the widths of all regularisers together are multiples of."""
+    return math.gcd(*(partner.multiple for partner in partners))
 
 
 def rooted(plan: Plan, pl_module: LightningModule, module: str) -> Plan:

@@ -331,6 +331,7 @@ class Method(PruningCallback):
         self._origin = 0
         self._ended = 0
         self._began: int | None = None
+        self._is_called = False
         self._schedule = None
         self._strength = 0.0
         self._learning_rate = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_prune.callbacks.accuracy import AccuracyColumns
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.checkpointing import attach_, detach_, history
-from lightning_prune.callbacks.decision import Decision, decide, find_partners
+from lightning_prune.callbacks.decision import Decision, common_multiple, decide, find_partners
 from lightning_prune.callbacks.dynamics import is_last_batch
 from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
 from lightning_prune.callbacks.finetune import FinetuneStage
@@ -347,9 +346,8 @@ class StructuralPruning(PruningCallback):
         if self._decision is None:
             return
         network = submodule(pl_module, self._decision.module)
-        multiple = math.gcd(*(partner.multiple for partner in self._partners))
         config = configuration(trainer, [*self._partners, self])
-        rest = self.monitor, tuple(self._remainders), tuple(self._budgets), multiple, config
+        rest = self.monitor, tuple(self._remainders), tuple(self._budgets), common_multiple(self._partners), config
         self._report = conclude(trainer, network, self._decision, inputs, seen, *rest)
         self._publish(trainer)
         if self._report is not None and trainer.is_global_zero:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lightning_prune.cli import tables
 from lightning_prune.cli.models import dense_model
-from lightning_prune.cli.preview import Preview, preview_of
+from lightning_prune.cli.preview import Preview, preview_of, round_to_of
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports import export as export_
 from lightning_prune.reports import read_report
@@ -132,11 +132,13 @@ def apply(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     before = sum(parameter.numel() for parameter in model.parameters())
     prune_(model, found)
     save_slim(model, asked.out, found)
-    after = sum(parameter.numel() for parameter in model.parameters())
+    after, multiple = sum(parameter.numel() for parameter in model.parameters()), round_to_of(found)
     if asked.json:
-        sys.stdout.write(json.dumps({"parameters_before": before, "parameters_after": after, "file": asked.out}) + "\n")
+        values = {"parameters_before": before, "parameters_after": after, "round_to": multiple, "file": asked.out}
+        sys.stdout.write(json.dumps(values) + "\n")
     else:
-        sys.stdout.write(f"{before:,} -> {after:,} parameters: {asked.out}\n")
+        rounded = f", widths are multiples of {multiple}" if multiple > 1 else ""
+        sys.stdout.write(f"{before:,} -> {after:,} parameters{rounded}: {asked.out}\n")
     return 0
 
 
@@ -145,7 +147,7 @@ def inspect(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     found = _plan_at(asked.file)
     header = read_slim_header(asked.file) if _is_slim(asked.file) else {}
     if asked.json:
-        values = {"layers": tables.counts(found), "signature": found.signature}
+        values = {"layers": tables.counts(found), "signature": found.signature, "round_to": round_to_of(found)}
         values |= {name: header[name] for name in ("metadata", "versions") if name in header}
         sys.stdout.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
     else:

@@ -104,9 +104,15 @@ class Preview:
     plan: Plan
 
     def to_json(self) -> str:
-        """Sorted and indented, with a format number; the plan itself is left out."""
-        values = {**{name: value for name, value in vars(self).items() if name != "plan"}, "format": FORMAT}
+        """Sorted and indented, with a format number; of the plan only what its widths are multiples of."""
+        values = {name: value for name, value in vars(self).items() if name != "plan"}
+        values |= {"format": FORMAT, "round_to": round_to_of(self.plan)}
         return json.dumps(values, default=_plain, indent=2, sort_keys=True) + "\n"
+
+
+def round_to_of(plan: Plan) -> int:
+    """What the widths that a plan cuts are multiples of."""
+    return plan.round_to if isinstance(plan, PruningPlan) else 1
 
 
 def _plain(value: Any) -> Any:

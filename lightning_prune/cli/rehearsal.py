@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
 from lightning_prune.callbacks.base import Regulariser, Timetable
-from lightning_prune.callbacks.decision import find_partners, plan_of, rooted
+from lightning_prune.callbacks.decision import common_multiple, find_partners, plan_of, rooted
 from lightning_prune.callbacks.dynamics import steps_per_epoch
+from lightning_prune.callbacks.neighbours import callbacks_of
 from lightning_prune.callbacks.structural import StructuralPruning
-from lightning_prune.callbacks.watching import refuse_sharded_parameters
+from lightning_prune.callbacks.watching import PruningCallback, refuse_sharded_parameters
 from lightning_prune.cli.preview import Preview, Stage, preview_of
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports.silence import silence
@@ -61,6 +62,7 @@ class Rehearsal(Callback):
         self._processes = processes
         self._strategy = strategy
         self._stages: list[Stage] = []
+        self._starts: list[int] = []
         self._dense: list[float] = []
         self._penalised: list[float] = []
         self._began = 0.0
@@ -77,13 +79,17 @@ class Rehearsal(Callback):
         return replace(self._seen, dense_ms=_fastest(self._dense), sparse_ms=_fastest(self._penalised))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what the real run would; what a validation would decide isn't decided here: there is none."""
+        """Refuse what the real run would, and leave out what a short run without validation can't have."""
         refuse_sharded_parameters(self._strategy, find_partners(trainer)[0])
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it from afar
+        # a module's configure_callbacks has brought its own by now
+        kept = [each for each in callbacks_of(trainer) if not isinstance(each, _LEFT_OUT)]
+        trainer.callbacks = kept  # type: ignore[attr-defined]  # Lightning sets it from afar
+        for callback in kept:
             if isinstance(callback, StructuralPruning):
                 callback.cut_when = "ready"
-            elif isinstance(callback, EarlyStopping):
-                callback.strict = False
+            if not isinstance(callback, PruningCallback):
+                vars(callback)["on_train_epoch_end"] = _nothing
+        vars(pl_module)["on_train_epoch_end"] = _nothing
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the stages, with the steps that an epoch has on all processes of the real run."""
@@ -96,6 +102,7 @@ class Rehearsal(Callback):
         epoch = steps_per_epoch(trainer)
         for partner in find_partners(trainer):
             self._stages.append(_stage(trainer, partner, partner.timetable(trainer), epoch, at_epoch))
+            self._starts.append(partner.start)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock; no sparse stage begins before the dense batches are timed."""
@@ -116,8 +123,9 @@ class Rehearsal(Callback):
         times = self._penalised if len(self._dense) >= WARM + TIMED else self._dense
         times.append(took)
         if times is self._dense and len(times) == WARM + TIMED:
-            for partner in partners:
-                partner.start = 0  # the sparse stages begin with the next batch
+            for partner, start in zip(partners, self._starts, strict=True):
+                partner.start = start
+                partner.begin_early()
         elif len(self._penalised) == WARM + TIMED:
             raise Over
 
@@ -130,7 +138,7 @@ class Rehearsal(Callback):
         for partner in partners:
             removed |= partner.foreseen()
             least |= {name: range(size - 1) for name, size in partner.sizes.items()}
-        plan = plan_of(graph, removed, {})
+        plan = plan_of(graph, removed, {}, common_multiple(partners))
         smallest = plan_of(graph, least, {}) if partners[0].granularity == "channel" else None
         whole = rooted(plan, pl_module, capture.name)
         return preview_of(graph, whole, plan, smallest, inputs, tuple(self._stages), self._batches, self._variants)
@@ -191,11 +199,15 @@ def rehearsing(batches: Sequence[int], variants: Sequence[str] = ("eager",)) -> 
         What came of it, known before :class:`Over` is raised.
     """
     found = Outcome()
-    make, fit = Trainer.__init__, Trainer.fit
+    make, fit, save = Trainer.__init__, Trainer.fit, Trainer.save_checkpoint
 
     @functools.wraps(make)
     def quiet(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        processes, strategy = _processes(kwargs), _strategy(kwargs.get("strategy"))
+        devices, nodes, strategy = (
+            kwargs.get("devices", "auto"),
+            int(kwargs.get("num_nodes") or 1),
+            kwargs.get("strategy"),
+        )
         kwargs |= {
             "devices": 1,
             "num_nodes": 1,
@@ -205,15 +217,19 @@ def rehearsing(batches: Sequence[int], variants: Sequence[str] = ("eager",)) -> 
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
-            "limit_val_batches": 0,
+            "limit_val_batches": 1,  # of a script that validates or tests before it trains
+            "limit_test_batches": 1,
+            "limit_predict_batches": 1,
             "default_root_dir": folder,
-            "callbacks": [each for each in _listed(kwargs.get("callbacks")) if not isinstance(each, _SAVING)],
+            "callbacks": [each for each in _listed(kwargs.get("callbacks")) if not isinstance(each, _LEFT_OUT)],
         }
         make(self, *args, **kwargs)
-        self.rehearsed = processes, strategy  # type: ignore[attr-defined]  # ours, until the fit
+        rehearsed = _count(devices, self) * nodes, _strategy(strategy)
+        self.rehearsed = rehearsed  # type: ignore[attr-defined]  # ours, until the fit
 
     @functools.wraps(fit)
     def short(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        self.limit_val_batches = 0
         rehearsal = Rehearsal(batches, variants, *getattr(self, "rehearsed", (1, SingleDeviceStrategy)))
         self.callbacks.append(rehearsal)  # type: ignore[attr-defined]  # Lightning sets it from afar
         try:
@@ -231,14 +247,19 @@ def rehearsing(batches: Sequence[int], variants: Sequence[str] = ("eager",)) -> 
         for name in ("lightning.pytorch", "lightning.fabric"):
             stack.enter_context(silence(name))
         stack.enter_context(redirect_stdout(sys.stderr))  # ours belongs to the preview alone
-        Trainer.__init__, Trainer.fit = quiet, short  # type: ignore[method-assign]
+        Trainer.__init__, Trainer.fit, Trainer.save_checkpoint = quiet, short, _nothing  # type: ignore[method-assign]
         try:
             yield found
         finally:
-            Trainer.__init__, Trainer.fit = make, fit  # type: ignore[method-assign]
+            Trainer.__init__, Trainer.fit, Trainer.save_checkpoint = make, fit, save  # type: ignore[method-assign]
 
 
-_SAVING = (Checkpoint, SaveConfigCallback)
+_LEFT_OUT = (Checkpoint, SaveConfigCallback, BatchSizeFinder, LearningRateFinder)
+"""Callbacks that write files, or that run trainings of their own."""
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of what is left out: at an epoch's end other people's code may ask for a metric of validation."""
 
 
 def _listed(callbacks: Any) -> list[Callback]:
@@ -251,13 +272,13 @@ def _nowhere(folder: str) -> Any:
     return CSVLogger(folder)
 
 
-def _processes(kwargs: dict[str, Any]) -> int:
-    """How many processes a trainer with these arguments would have, as far as they say."""
-    devices, nodes = kwargs.get("devices", 1), int(kwargs.get("num_nodes") or 1)
+def _count(devices: Any, trainer: Trainer) -> int:
+    """How many devices a trainer's argument means, on the accelerator that it has found."""
+    if devices in ("auto", "-1", -1, None):
+        return max(1, trainer.accelerator.auto_device_count())
     if isinstance(devices, str):
-        devices = int(devices) if devices.lstrip("-").isdigit() else devices.split(",") if "," in devices else 1
-    count = devices if isinstance(devices, int) else len(devices) if isinstance(devices, (list, tuple)) else 1
-    return max(1, count) * nodes
+        devices = int(devices) if devices.isdigit() else [part for part in devices.split(",") if part.strip()]
+    return max(1, devices if isinstance(devices, int) else len(devices))
 
 
 def _strategy(asked: Any) -> type:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_prune.cli.preview import Preview, Stage
+from lightning_prune.cli.preview import Preview, Stage, round_to_of
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports import PruningReport, surgery_table
 from lightning_prune.reports.wording import clocked, count, percent
@@ -27,6 +27,7 @@ def show(console: Console, preview: Preview) -> None:
         console.print(f"pinned: {escape(_few(layers, 4))}. {escape(reason)}", highlight=False)
     console.print()
     console.print(_costs(preview))
+    _show_multiple(console, preview.plan)
     for sentence in preview.missing:
         console.print(escape(sentence), highlight=False)
     if preview.stages:
@@ -51,6 +52,7 @@ def show_file(console: Console, path: str, plan: Plan, header: Mapping[str, Any]
     for layer, (before, after) in counts(plan).items():
         table.add_row(escape(layer), str(before), str(after), percent(before, after))
     console.print(table)
+    _show_multiple(console, plan)
     console.print(f"For a dense model with signature {plan.signature}.", highlight=False)
     for name, value in dict(header.get("metadata", {})).items():
         report = _report(value)
@@ -61,6 +63,11 @@ def show_file(console: Console, path: str, plan: Plan, header: Mapping[str, Any]
     if "versions" in header:
         versions = ", ".join(f"{name} {version}" for name, version in sorted(header["versions"].items()))
         console.print(f"Written with {escape(versions)}.", highlight=False)
+
+
+def _show_multiple(console: Console, plan: Plan) -> None:
+    if round_to_of(plan) > 1:
+        console.print(f"Widths are multiples of {round_to_of(plan)}.", highlight=False)
 
 
 def counts(plan: Plan) -> dict[str, tuple[int, int]]:

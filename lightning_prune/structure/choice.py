@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
@@ -65,7 +66,7 @@ def choose(
         renormalise: whether channels under LayerNorm or GroupNorm, or read by weights that are standardised, may go
             (default: with ``scope="all"`` only). The slim network then normalises over the channels that stay.
         round_to: widths afterwards are multiples of this; ``"auto"`` measures what is fast where the model is, see
-            :func:`~lightning_prune.structure.multiples.fast_multiple`.
+            :func:`~lightning_prune.structure.multiples.fast_multiple`. The plan has the number.
         keep_at_least: channels that stay in every group.
         seed: of ``score="random"``.
 
@@ -81,22 +82,22 @@ def choose(
     >>> print(choose(trace(net, torch.zeros(1, 4)), budget={"params": 50}))
     0  8 -> 6
     """
-    return graph.plan(
-        pick(
-            graph,
-            ratio,
-            budget=budget,
-            score=score,
-            ratios=ratios,
-            ignore=ignore,
-            scope=scope,
-            global_=global_,
-            renormalise=renormalise,
-            round_to=round_to,
-            keep_at_least=keep_at_least,
-            seed=seed,
-        )
+    multiple = fast_multiple(graph.model) if round_to == "auto" else round_to
+    picked = pick(
+        graph,
+        ratio,
+        budget=budget,
+        score=score,
+        ratios=ratios,
+        ignore=ignore,
+        scope=scope,
+        global_=global_,
+        renormalise=renormalise,
+        round_to=multiple,
+        keep_at_least=keep_at_least,
+        seed=seed,
     )
+    return replace(graph.plan(picked), round_to=multiple)
 
 
 def pick(

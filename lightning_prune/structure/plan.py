@@ -105,9 +105,10 @@ class PruningPlan:
         summed: those keys of ``merged`` that are a layer's input channels; there a position that goes is added to the
             one that stands for it. Along the other keys both are taken to be alike.
         joined: modules whose reshapes take, in their last dim, what is left; see :class:`elastic.Joined`.
+        round_to: what the widths that were cut are multiples of; of ``"auto"`` what was found on the device.
 
     Raises:
-        PlanError: for positions that are out of range, repeated, not ascending or none at all.
+        PlanError: for positions that are out of range, repeated, not ascending or none at all, or ``round_to`` below 1.
 
     >>> sizes = {("0.weight", 0): 3, ("1.weight", 1): 3}
     >>> plan = PruningPlan(dict.fromkeys(sizes, (0, 2)), sizes, "", outputs=(("0.weight", 0),))
@@ -126,12 +127,15 @@ class PruningPlan:
     merged: Mapping[Member, tuple[int, ...]] = field(default_factory=dict)
     summed: tuple[Member, ...] = ()
     joined: tuple[str, ...] = ()
+    round_to: int = 1
 
     def __post_init__(self) -> None:
         for name in ("kept", "sizes", "numbers", "merged"):
             object.__setattr__(self, name, dict(sorted(getattr(self, name).items())))
         for name in ("outputs", "renormalised", "summed", "joined"):
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        if type(self.round_to) is not int or self.round_to < 1:
+            raise PlanError(f"The round_to of a plan must be a whole number of at least 1, not {self.round_to!r}.")
         if self.kept.keys() != self.sizes.keys():
             raise PlanError("A plan needs the dense size of exactly the dims that it cuts.")
         if not {*self.outputs, *self.merged} <= self.kept.keys() or not set(self.summed) <= self.merged.keys():
@@ -150,14 +154,14 @@ class PruningPlan:
         return {member: len(positions) for member, positions in self.kept.items()}
 
     def diff(self, other: PruningPlan) -> str:
-        """The layers whose widths or channels differ, one a line; empty where the plans agree.
+        """The layers whose widths or channels differ, one a line, and ``round_to``; empty where the plans agree.
 
         >>> a = PruningPlan({("0.weight", 0): (0, 2)}, {("0.weight", 0): 3}, "")
         >>> b = PruningPlan({("0.weight", 0): (0, 1)}, {("0.weight", 0): 3}, "")
         >>> print(a.diff(b))
         0.weight dim 0: 2 -> 2 of 3, 1 channels differ
         """
-        lines = []
+        lines = [f"round_to: {self.round_to} -> {other.round_to}"] if self.round_to != other.round_to else []
         for member in sorted(self.kept.keys() | other.kept.keys()):
             size = self.sizes.get(member, other.sizes.get(member, 0))
             mine, theirs = (set(plan.kept.get(member, range(size))) for plan in (self, other))
@@ -183,6 +187,7 @@ class PruningPlan:
             "merged": [[*member, list(targets)] for member, targets in self.merged.items()],
             "summed": [list(member) for member in self.summed],
             "joined": list(self.joined),
+            "round_to": self.round_to,
         }
         return json.dumps(whole, sort_keys=True)
 
@@ -194,7 +199,7 @@ class PruningPlan:
             PlanError: where the text is no plan, or one of another version.
         """
         try:
-            whole = {"joined": [], **json.loads(text)}
+            whole = {"joined": [], "round_to": 1, **json.loads(text)}
             if type(whole["version"]) is not int or whole["version"] != VERSION:
                 raise PlanError(f"This plan has version {whole['version']!r}; this library reads version {VERSION}.")
             _check_kinds(whole)
@@ -204,7 +209,14 @@ class PruningPlan:
             outputs = tuple((name, dim) for name, dim in whole["outputs"])
             merged = {(name, dim): tuple(targets) for name, dim, targets in whole["merged"]}
             summed = tuple((name, dim) for name, dim in whole["summed"])
-            rest = whole["numbers"], tuple(whole["renormalised"]), merged, summed, tuple(whole["joined"])
+            rest = (
+                whole["numbers"],
+                tuple(whole["renormalised"]),
+                merged,
+                summed,
+                tuple(whole["joined"]),
+                whole["round_to"],
+            )
             return cls(kept, sizes, whole["signature"], outputs, *rest)
         except PlanError:
             raise

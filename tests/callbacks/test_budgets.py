@@ -28,7 +28,7 @@ from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.callbacks.tpp import TPP
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports import Cost, Latency, PruningReport, count_cost, surgery_table
-from lightning_prune.structure import Outcome, choose, multiples, prune_, resolve, trace
+from lightning_prune.structure import Outcome, PruningPlan, choose, multiples, prune_, resolve, trace
 from tests.callbacks.nets import Classifier, conv_net, image_loader, seeded, trainer
 from tests.callbacks.slimming import Residual
 
@@ -337,6 +337,7 @@ def test_what_is_fast_is_measured_once_and_remembered(tmp_path: Path, monkeypatc
         run = trainer(method, pruning, *([] if path else [saving]), max_epochs=4, enable_checkpointing=not path)
         run.fit(Classifier(net(conv_net)), image_loader(2), ckpt_path=path, weights_only=True)
         assert method.multiple == 4 and method.round_to == "auto"
+        assert pruning.plan is not None and PruningPlan.from_json(pruning.plan.to_json()).round_to == 4
         return pruning.report
 
     report = fit(None)
@@ -364,7 +365,8 @@ def test_the_clock_decides_what_is_fast() -> None:
         widths = {work().shape[1] for work in works}
         assert all(width % multiple == 0 and width % (2 * multiple) for width in widths)
         assert sum(widths) / len(widths) == multiples.CENTRE
-    assert set(choose(trace(net(conv_net, 64), IMAGES), round_to="auto").widths().values()) <= {(64, 32)}
+    plan = choose(trace(net(conv_net, 64), IMAGES), round_to="auto")
+    assert set(plan.widths().values()) <= {(64, 32)} and plan.round_to in multiples.MULTIPLES
 
 
 @pytest.mark.parametrize(

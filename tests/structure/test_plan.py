@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,16 @@ def test_merges_that_can_not_be_are_refused(model: Net) -> None:
         trace(norm, torch.zeros(1, 4)).plan({"0": [0]}, {"0": {0: 1}})
     with pytest.raises(PlanError, match="merged into one that stays"):
         PruningPlan({("a", 0): (0, 1)}, {("a", 0): 3}, "", merged={("a", 0): (0, 1, 2)})
+
+
+def test_a_plan_knows_what_its_widths_are_multiples_of() -> None:
+    """Plans of before, which didn't, are of any width."""
+    plan = replace(PruningPlan({("a", 0): (0, 1)}, {("a", 0): 3}, ""), round_to=2)
+    assert PruningPlan.from_json(plan.to_json()) == plan and json.loads(plan.to_json())["round_to"] == 2
+    older = json.loads(plan.to_json())
+    del older["round_to"]
+    assert PruningPlan.from_json(json.dumps(older)) == replace(plan, round_to=1)
+    assert plan.diff(replace(plan, round_to=1)) == "round_to: 2 -> 1" and plan.diff(plan) == ""
+    for wrong in (0, "auto", 1.5, True):
+        with pytest.raises(PlanError, match="round_to of a plan must be a whole number of at least 1"):
+            PruningPlan.from_json(json.dumps({**older, "round_to": wrong}))
