@@ -247,7 +247,7 @@ def _proof(report: PruningReport) -> str:
     ]
     if report.renormalised:
         names = ", ".join(map(escape, report.renormalised))
-        lines.append(f"<p>Norms and standardised weights that now run over fewer channels: {names}.</p>")
+        lines.append(f"<p>Statistics that are now taken over fewer channels: {names}.</p>")
     return "".join(lines)
 
 

@@ -94,7 +94,7 @@ class PruningReport:
         budgets: what was asked for instead of a ratio, and what is left by the counts above (latency: as it was
             measured when the widths were found).
         round_to: what the widths are multiples of; of ``"auto"`` what was found.
-        renormalised: scales of norms, and standardised weights, whose statistics now run over fewer channels.
+        renormalised: whose statistics now run over fewer channels: scales of norms, weights, makers of channels.
         warnings: one sentence each.
         versions: package name -> version.
         bytes_before: size of the dense network's weights in a file without its header; ``None`` where unknown.

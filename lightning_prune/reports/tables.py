@@ -68,7 +68,7 @@ def _caption(report: PruningReport) -> str:
         lines.append("Masked weights are zero; dense kernels compute them all the same, sparse ones would gain time.")
     if report.renormalised:
         names = ", ".join(report.renormalised)
-        lines.append(f"Norms and standardised weights over fewer channels than before: {names}.")
+        lines.append(f"Statistics over fewer channels than before: {names}.")
     lines += [f"Exported: {each}." for each in report.exports]
     return "\n".join([*lines, *report.warnings])
 

@@ -63,8 +63,9 @@ def choose(
         ignore: patterns of layers that are left as they are.
         scope: ``"inner"`` for groups with one producer, ``"all"`` for residual streams too.
         global_: one threshold over all groups instead of one ratio each; ``ratios`` then only says what stays.
-        renormalise: whether channels under LayerNorm or GroupNorm, or read by weights that are standardised, may go
-            (default: with ``scope="all"`` only). The slim network then normalises over the channels that stay.
+        renormalise: whether channels over which statistics are taken may go, by LayerNorm, GroupNorm or RMSNorm, by
+            weights that are standardised, by averages (default: with ``scope="all"`` only). The slim network then takes
+            them over the channels that stay.
         round_to: widths afterwards are multiples of this; ``"auto"`` measures what is fast where the model is, see
             :func:`~lightning_prune.structure.multiples.fast_multiple`. The plan has the number.
         keep_at_least: channels that stay in every group.

@@ -12,7 +12,7 @@ import numpy as np
 from lightning_prune.errors import PlanError, UnknownLayerError
 from lightning_prune.structure.knowledge import Record
 from lightning_prune.structure.labels import FIXED, Ints, Labels, Place, Solution
-from lightning_prune.structure.plan import Member, layer_of, named_tensors, plain_name, submodule
+from lightning_prune.structure.plan import layer_of, named_tensors, plain_name, submodule
 
 if TYPE_CHECKING:
     from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
@@ -245,21 +245,12 @@ class _Explainer:
         yield f"{they} are read by {listed([*self._readers(group)]) or 'no layer'}."
         yield f"At most {group.size - 1} of the {group.size} can go."
         if group.renormalised:
-            for what, members in self._renormalised(group):
-                yield f"{what} over them ({listed(list(dict.fromkeys(layer_of(name) for name, _ in members)))})."
+            yield from _renormalised(group)
             yield "What stays is normalised anew, and none can stand for another."
         elif group.mergeable:
             yield "One that is like another may be merged into it."
         else:
             yield "They are summed up as they are, so that none can stand for another."
-
-    def _renormalised(self, group: ChannelGroup) -> Iterator[tuple[str, list[Member]]]:
-        """Which norms and weights take statistics over these channels."""
-        norms = [member for member in group.renormalised if member in group.scales]
-        weights = [member for member in group.renormalised if member not in group.scales]
-        for what, members in (("Norms take their statistics", norms), ("Weights are standardised", weights)):
-            if members:
-                yield what, members
 
     def _readers(self, group: ChannelGroup) -> Iterator[str]:
         for name, dim in group.inputs:
@@ -300,6 +291,18 @@ class _Explainer:
                     passing |= dict.fromkeys(repr(self.graph.groups[n].name) for n in numbers.tolist() if n >= 0)
         what = f"channels of {listed(list(passing))} pass through it" if passing else "no channels that can go pass it"
         return f"{self._title(layer)} has no parameters and makes no channels of its own; {what}."
+
+
+def _renormalised(group: ChannelGroup) -> Iterator[str]:
+    """Which norms, weights and averages run over these channels."""
+    norms = dict.fromkeys(layer_of(name) for name, dim in group.renormalised if (name, dim) in group.scales)
+    weights = dict.fromkeys(layer_of(name) for name, dim in group.renormalised if (name, dim) in group.inputs)
+    if norms:
+        yield f"Norms take their statistics over them ({listed([*norms])})."
+    if weights:
+        yield f"Weights are standardised over them ({listed([*weights])})."
+    if set(group.renormalised) - {*group.scales, *group.inputs}:
+        yield "Averages are taken over them."
 
 
 def _counted(group: ChannelGroup, size: int) -> str:

@@ -32,7 +32,8 @@ class ChannelGroup:
         inputs: members that are the consumers' input dims.
         scales: members that are the scales of norms.
         shifts: members that are biases of layers or norms.
-        renormalised: members over which statistics are taken: the scales of norms, and weights that are standardised.
+        renormalised: members over which statistics are taken: the scales of norms, weights that are standardised, and
+            what makes the channels of other averages.
         mergeable: whether one channel may stand for another that is alike: everything in between treats all of them
             the same way, and whoever reads them multiplies them with weights.
     """

@@ -140,6 +140,10 @@ class Knowledge:
         """Whether this is a parameter or buffer of the model itself."""
         return id(tensor) in self._names
 
+    def own(self, name: str) -> Tensor:
+        """A parameter or buffer of the model by its name."""
+        return self._own[name]
+
     def live(self, also: Iterable[Tensor] = ()) -> list[Axes]:
         """Axes of the tensors that somebody still holds and that were computed from the input, or are in ``also``."""
         wanted = {id(tensor) for tensor in also}

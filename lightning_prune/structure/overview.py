@@ -21,9 +21,9 @@ def overview(graph: ChannelGraph) -> str:
     """A line per group, long lists shortened, then the layers that stay, by their reasons.
 
     Columns: name and number of channels of a group; unit, how many positions of its first layer a channel stands for;
-    the other layers whose channels go with it; the layers that read it; remarks, ``renormalised`` where a norm takes
-    its statistics over the channels or a weight is standardised over them, ``not mergeable`` where none can stand for
-    another. A column that says nothing is left out.
+    the other layers whose channels go with it; the layers that read it; remarks, ``renormalised`` where a norm, an
+    average or whatever standardises a weight takes statistics over the channels, ``not mergeable`` where none can stand
+    for another. A column that says nothing is left out.
     """
     lines = _table(graph.groups) if graph.groups else ["No channel can go."]
     if graph.pinned:

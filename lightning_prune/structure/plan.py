@@ -98,8 +98,8 @@ class PruningPlan:
         signature: of the dense model that this plan fits, see :func:`signature`.
         outputs: those keys that are a layer's output channels, for printing.
         numbers: module attributes that no tensor of the module tells -> their new value; see :func:`number_of`.
-        renormalised: norms (by the name of their scale) and standardised weights that take their statistics over fewer
-            channels afterwards.
+        renormalised: where statistics are taken over fewer channels afterwards: scales of norms, standardised weights,
+            and of other averages what makes these channels.
         merged: for keys whose positions go into others instead of nowhere: for every dense position the one that
             stands for it afterwards (itself, where it stays; -1 where it just goes).
         summed: those keys of ``merged`` that are a layer's input channels; there a position that goes is added to the

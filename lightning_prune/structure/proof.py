@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import ProofError
 from lightning_prune.structure.plan import NOWHERE, PruningPlan, layer_of, named_tensors, plain_name
-from lightning_prune.structure.renormalising import Renormalising, over_kept
+from lightning_prune.structure.renormalising import Renormalising
 from lightning_prune.structure.replica import arguments, quiet_room, replica
 from lightning_prune.structure.surgery import check_fits, prune_
 from lightning_prune.structure.watch import open_up, operator_name, rule_for, unknown
@@ -91,7 +91,7 @@ def prove(
     """Run the masked dense network and the slim one on a real batch and compare all outputs.
 
     Both are copies; they run in double precision where the model can, without dropout. The model is left as it is.
-    Norms and standardised weights that the plan names take their statistics over the kept channels in both.
+    Statistics over channels that the plan names are taken over the kept channels in both.
 
     Args:
         model: the dense model.
@@ -184,21 +184,12 @@ class _Fair(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             torch.manual_seed(self.count)
             self.count += 1
-        anew = self.renormalising
-        if anew is None:
-            return func(*args, **kwargs)
-        if (kept := anew.channels(name, args)) is not None:
-            return over_kept(func, name, args, kwargs, kept)
-        return self._following(anew, func, name, args, kwargs) if anew.reads(args, kwargs) else func(*args, **kwargs)
-
-    def _following(self, anew: Renormalising, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """An operator that reads a renormalised weight; a composite one without a rule is opened up."""
-        rule = rule_for(func)
+        rule, anew = rule_for(func), self.renormalising
         if rule is None:
             opened = open_up(self, func, args, kwargs)
             if opened is not NotImplemented:
                 return opened
-        return anew.run(func, name, rule or unknown, args, kwargs)
+        return func(*args, **kwargs) if anew is None else anew.run(func, name, rule or unknown, args, kwargs)
 
 
 def _run(run: _Run, args: Any, dtype: torch.dtype) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """Statistics over what stays: how a masked network runs norms over channels, and weights that are standardised.
 
-A norm over channels is known by its scale. A standardised weight is followed from the parameter on, through layout and
-arithmetic position by position, and is zero all the way wherever its plan keeps nothing; a mean, a deviation or a batch
-norm over it takes what is left alone.
+A norm over channels is known by its scale. An average of activations is taken over those channels that a plan keeps, of
+the groups that it names, where all others are zero. A standardised weight is followed from the parameter on, through
+layout and arithmetic position by position, and is zero all the way wherever its plan keeps nothing; a mean, a deviation
+or a batch norm over it takes what is left alone.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def _by_position(rule: Rule) -> bool:
 
 
 class Renormalising:
-    """Runs those operators of a masked network that take statistics over what stays.
+    """Runs the operators of a masked network, those that take statistics over what stays among them.
 
     Args:
-        plan: which norms and weights are renormalised, and what of them stays.
+        plan: which norms, weights and averages are renormalised, and what of them stays.
         tensors: the network's parameters and buffers by name.
     """
 
@@ -56,32 +57,33 @@ class Renormalising:
         self._channels: dict[int, Tensor] = {}
         #: tensor -> which of its positions stay, of the same shape
         self._stays: Any = WeakIdKeyDictionary()
+        #: length of a dim -> which of its channels may stay, fewest first
+        self._choices: dict[int, list[Tensor]] = {}
         for name in plan.renormalised:
             tensor = tensors[name]
             stays = tensor.new_ones(tensor.shape, dtype=torch.bool)
             for dim in range(tensor.dim()):
                 if (name, dim) in plan.kept:
-                    kept = torch.tensor(plan.kept[name, dim], device=tensor.device)
-                    gone = tensor.new_ones(tensor.shape[dim], dtype=torch.bool).index_fill_(0, kept, False)
-                    stays.index_fill_(dim, gone.nonzero().flatten(), False)
+                    line = tensor.new_zeros(tensor.shape[dim], dtype=torch.bool)
+                    line[torch.tensor(plan.kept[name, dim], device=tensor.device)] = True
+                    stays.index_fill_(dim, (~line).nonzero().flatten(), False)
+                    self._choices.setdefault(len(line), []).append(line)
             self._stays[tensor] = stays
             if tensor.dim() == 1:
                 self._channels[id(tensor)] = stays.nonzero().flatten()
-
-    def channels(self, name: str, args: Any) -> Tensor | None:
-        """Those that a layer norm or group norm is to run over, where others have gone."""
-        scale = args[2] if name in ("layer_norm", "group_norm") and len(args) > 2 else None
-        return None if scale is None else self._channels.get(id(scale))
-
-    def reads(self, args: Any, kwargs: Any) -> bool:
-        """Whether an operator reads a renormalised weight, or what was made of one."""
-        return len(self._stays) > 0 and any(tensor in self._stays for tensor in tensors_in((args, kwargs)))
+        for lines in self._choices.values():
+            lines.sort(key=lambda line: int(line.sum()))
 
     def run(self, func: Any, name: str, rule: Rule, args: Any, kwargs: Any) -> Any:
-        """The result of an operator that does."""
-        if rule is reduction.statistic and args[0] in self._stays:
+        """The result of an operator, over what stays where statistics are taken."""
+        scale = args[2] if name in NORMS and len(args) > 2 else None
+        if scale is not None and id(scale) in self._channels:
+            return _over_kept(func, name, args, kwargs, self._channels[id(scale)])
+        if rule is reduction.statistic:
             dims = kwargs.get("dim", args[1] if len(args) > 1 and not isinstance(args[1], bool) else None)
             return func(self._gathered(args[0], several(dims, args[0].dim())), *args[1:], **kwargs)
+        if not any(tensor in self._stays for tensor in tensors_in((args, kwargs))):
+            return func(*args, **kwargs)
         if rule is normalisation.batch_norm and args[0] in self._stays:
             result = self._batch_norm(func, *args, **kwargs)
             self._stays[result] = self._stays[args[0]]
@@ -117,9 +119,16 @@ class Renormalising:
         return tensor
 
     def _lines(self, tensor: Tensor, dims: Collection[int]) -> dict[int, Tensor]:
-        """Along each of some dims, which positions stay."""
-        stays = self._stays[tensor]
-        return {dim: stays.movedim(dim, 0).reshape(stays.shape[dim], -1).any(1) for dim in dims}
+        """Along each of some dims, which positions stay; of activations those are told by the zeros of the others."""
+        if tensor in self._stays:
+            stays = self._stays[tensor]
+            return {dim: stays.movedim(dim, 0).reshape(stays.shape[dim], -1).any(1) for dim in dims}
+        found = {}
+        for dim in dims:
+            known = (line for line in self._choices.get(tensor.shape[dim], ()) if _holds_only(tensor, dim, line))
+            if (line := next(known, None)) is not None:
+                found[dim] = line
+        return found
 
     def _batch_norm(self, func: Any, source: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
         """Statistics over all dims but the second; what does not stay is zero."""
@@ -131,11 +140,21 @@ class Renormalising:
         return torch.zeros_like(source).masked_scatter_(place, result)
 
 
-def over_kept(func: Any, name: str, args: Any, kwargs: Any, kept: Tensor) -> Tensor:
-    """A layer norm or group norm over the kept channels; the others come out as zero."""
-    source, second, scale, shift, *rest = [*args, None][: max(len(args), 4)]
-    dim = source.dim() - 1 if name == "layer_norm" else 1
-    small = source.index_select(dim, kept)
-    size = [len(kept)] if name == "layer_norm" else second
-    normed = func(small, size, scale[kept], None if shift is None else shift[kept], *rest, **kwargs)
+def _holds_only(tensor: Tensor, dim: int, line: Tensor) -> bool:
+    """Whether all but these positions along a dim are zero."""
+    return not bool(tensor.index_select(dim, (~line).nonzero().flatten()).any())
+
+
+#: Norms over channels that are known by their scale.
+NORMS = ("layer_norm", "group_norm", "rms_norm")
+
+
+def _over_kept(func: Any, name: str, args: Any, kwargs: Any, kept: Tensor) -> Tensor:
+    """A norm over the kept channels; the others come out as zero."""
+    source, second, scale, *rest = args
+    dim = 1 if name == "group_norm" else source.dim() - 1
+    size = second if name == "group_norm" else [len(kept)]
+    if name != "rms_norm" and rest and rest[0] is not None:
+        rest[0] = rest[0][kept]
+    normed = func(source.index_select(dim, kept), size, scale[kept], *rest, **kwargs)
     return torch.zeros_like(source).index_copy_(dim, kept, normed)

@@ -334,7 +334,7 @@ NUMBERS: tuple[tuple[tuple[type, ...], Callable[[Any, bool], dict[str, Any]]], .
     ((nn.modules.conv._ConvNd,), _convolution),
     ((nn.Linear,), _of_weight({"out_features": 0, "in_features": 1})),
     ((nn.modules.batchnorm._NormBase,), _batch_norm),
-    ((nn.LayerNorm,), _normalized_shape),
+    ((nn.LayerNorm, nn.RMSNorm), _normalized_shape),
     ((nn.GroupNorm,), _group_norm),
     ((nn.Embedding, nn.EmbeddingBag), _of_weight({"num_embeddings": 0, "embedding_dim": 1})),
     ((nn.PReLU,), _of_weight({"num_parameters": 0})),

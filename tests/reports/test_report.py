@@ -97,7 +97,7 @@ def test_the_table_says_it_all_in_eighty_columns() -> None:
         "counted by fvcore without op0, op1, op2, op3, op4, op5 and 2 more.",
         "median (interquartile range) on cpu of a test, 3 thread(s).",
         "2.5e-16 of the largest output.",
-        "Norms and standardised weights over fewer channels than before: net.norm.",
+        "Statistics over fewer channels than before: net.norm.",
         "Something to know.",
     ):
         assert sentence in prose

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from tests.structure.averages import HeardAverages, KeptAverages, match
 from tests.structure.standardised import KeptFilters
 
 Build = Callable[[], nn.Module]
@@ -188,6 +189,8 @@ NORMS = {
     torch.layer_norm: "layer",
     nn.functional.group_norm: "group",
     torch.group_norm: "group",
+    nn.functional.rms_norm: "rms",
+    torch.rms_norm: "rms",
 }
 
 
@@ -208,8 +211,9 @@ class Listening(TorchFunctionMode):
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    second = "normalized_shape" if NORMS[func] == "layer" else "num_groups"
-    return {**dict(zip(("input", second, "weight", "bias", "eps"), args, strict=False)), **(kwargs or {})}
+    second = "num_groups" if NORMS[func] == "group" else "normalized_shape"
+    names = ("input", second, "weight", *(() if NORMS[func] == "rms" else ("bias",)), "eps")
+    return {**dict(zip(names, args, strict=False)), **(kwargs or {})}
 
 
 class KeptNorms(TorchFunctionMode):
@@ -239,16 +243,21 @@ class KeptNorms(TorchFunctionMode):
         if id(weight) in self.kept:
             shape, index = self.kept[id(weight)]
             mask = math.prod(lines(shape, index), start=torch.ones(shape, dtype=torch.float64))
+        if kind == "rms":
+            assert mask is not None and len(mask) == value.shape[-1]
+            eps = torch.finfo(value.dtype).eps if eps is None else eps
+            squares = (value.square() * mask).sum(-1, keepdim=True) / mask.sum()
+            return value / (squares + eps).sqrt() * weight
         if kind == "layer":
             dims = len(given["normalized_shape"])
             if mask is None:
-                mask = _match(value, slim, range(value.dim() - dims, value.dim()))
+                mask = match(value, slim, range(value.dim() - dims, value.dim()))
                 mask = mask.reshape(mask.shape[-dims:])
             scaled = _standardise(value, mask.expand(value.shape[-dims:]), tuple(range(-dims, 0)), eps)
             scaled = scaled if weight is None else scaled * weight
             return scaled if bias is None else scaled + bias
         groups = given["num_groups"]
-        mask = (_match(value, slim, [1], groups if groups == slim_groups else 1) if mask is None else mask).reshape(-1)
+        mask = (match(value, slim, [1], groups if groups == slim_groups else 1) if mask is None else mask).reshape(-1)
         grouped = value.reshape(len(value), groups, value.shape[1] // groups, -1)
         spread = mask.reshape(1, groups, -1, 1).expand_as(grouped)
         scaled = _standardise(grouped, spread, (2, 3), eps).reshape(value.shape)
@@ -262,35 +271,6 @@ def _standardise(value: Tensor, mask: Tensor, dims: tuple[int, ...], eps: float)
     mean = (value * mask).sum(dims, keepdim=True) / count
     variance = ((value - mean).square() * mask).sum(dims, keepdim=True) / count
     return (value - mean) / (variance + eps).sqrt()
-
-
-def _match(dense: Tensor, slim: Tensor, dims: Sequence[int], groups: int = 1) -> Tensor:
-    """Indicator, broadcastable to ``dense``, of the slices along one of ``dims`` that the slim tensor holds too.
-
-    Slices are compared by value, in order and within each of ``groups`` equal stretches; where two of one stretch are
-    equal it makes no difference to a norm which of them is taken.
-    """
-    shrunk = [dim for dim in dims if dense.shape[dim] != slim.shape[dim]]
-    mask = torch.ones([dense.shape[dim] if dim in dims else 1 for dim in range(dense.dim())], dtype=torch.float64)
-    if not shrunk:
-        return mask
-    assert len(shrunk) == 1, f"a norm without weights met {tuple(dense.shape)} and {tuple(slim.shape)}"
-    (dim,) = shrunk
-    rows, wanted = dense.detach().movedim(dim, 0).flatten(1), slim.movedim(dim, 0).flatten(1)
-    line = torch.zeros(len(rows), dtype=torch.float64)
-    for have, want, seen in zip(rows.chunk(groups), wanted.chunk(groups), line.chunk(groups), strict=True):
-        seen[_subsequence(have, want)] = 1.0
-    return mask * line.reshape([-1 if d == dim else 1 for d in range(dense.dim())])
-
-
-def _subsequence(rows: Tensor, wanted: Tensor) -> list[int]:
-    close = torch.cdist(wanted, rows, compute_mode="donot_use_mm_for_euclid_dist") <= 1e-7 * (1 + rows.norm(dim=1))
-    found: list[int] = []
-    for number in range(len(wanted)):
-        ahead = [row for row in close[number].nonzero().flatten().tolist() if not found or row > found[-1]]
-        assert ahead, "a norm without weights saw channels that the dense one lacks"
-        found.append(ahead[0])
-    return found
 
 
 def leaves(output: Any) -> list[Tensor]:
@@ -437,10 +417,10 @@ def judge(
 
 def _departure(dense: nn.Module, slim: nn.Module, kept: Mapping[str, Kept], inputs: Any, kwargs: Any) -> float:
     state = torch.random.get_rng_state()
-    with Listening() as heard:
+    with Listening() as heard, HeardAverages() as averages:
         actual = run(slim, inputs, kwargs)
     torch.random.set_rng_state(state)
-    with KeptNorms(dense, kept, heard.inputs), KeptFilters(dense, kept):
+    with KeptNorms(dense, kept, heard.inputs), KeptAverages(averages.inputs), KeptFilters(dense, kept):
         expected = run(dense, inputs, kwargs)
     return difference(expected, actual)
 

@@ -118,6 +118,7 @@ def test_numbers_of_the_fan_in_stay() -> None:
 
 MADE: dict[str, Callable[[Tensor], Tensor]] = {
     "over rows and columns": lambda w: (w - w.mean()) / (w.abs().mean() + 1),
+    "extremes": lambda w: w / (w.abs().amax((1, 2, 3), True) + 1),
     "over rows": lambda w: w - w.mean(0),
     "binary": lambda w: w.sign() * w.abs().mean((1, 2, 3), keepdim=True),
     "root mean square": lambda w: w * (w.pow(2).mean((1, 2, 3), keepdim=True) + 1e-6).rsqrt(),
@@ -154,7 +155,7 @@ def test_weights_of_linear_layers_and_parametrised_ones() -> None:
 
 PINNED: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "no epsilon": (lambda w: (w - w.mean((1, 2, 3), True)) / w.std((1, 2, 3), keepdim=True), "conv", "would be zero"),
-    "extremes": (lambda w: w / (w.amax((1, 2, 3), True) + 9), "stem", "are taken together"),
+    "extremes with places": (lambda w: w / (w.flatten(1).max(1)[0].view(-1, 1, 1, 1) + 9), "stem", "taken together"),
     "not followed": (lambda w: w - (w.flatten(1) @ torch.eye(72)).mean(1).view(-1, 1, 1, 1), "stem", "does not vanish"),
     "its own number": (
         lambda w: (w - w.mean((1, 2, 3), True)) / w[0].numel(),
@@ -171,6 +172,60 @@ def test_what_cant_be_is_pinned(made: Callable[[Tensor], Tensor], layer: str, re
     assert layer not in {name for group in graph.groups for name in group.producers}
     plan = graph.plan(pick(graph, 0.5, renormalise=True))
     assert prove(graph.model, plan, IMAGES).error < 1e-12
+
+
+class Averaging(nn.Module):
+    """Two stretches of equally many channels; what ``made`` makes of each is multiplied with it."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.made = made
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), Pooled(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.b(x * self.made(x)).tanh()
+        return self.head(x * self.made(x))
+
+
+AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "root mean square": lambda x: (x.square().mean(1, keepdim=True) + 1e-6).rsqrt(),
+    "attention over space": lambda x: torch.cat([x.mean(1, True), x.amax(1, True)], 1).mean(1, keepdim=True).sigmoid(),
+    "deviation": lambda x: x.var(1, keepdim=True, correction=0).add(1e-5).rsqrt(),
+    "response": lambda x: x.norm(2, (2, 3), True) / (x.norm(2, (2, 3), True).mean(1, keepdim=True) + 1e-6),
+    "over all": lambda x: x.abs().mean((1, 2, 3), keepdim=True),
+}
+
+
+@pytest.mark.parametrize("made", AVERAGES.values(), ids=AVERAGES.keys())
+def test_averages_of_channels(made: Callable[[Tensor], Tensor]) -> None:
+    model = Averaging(made)
+    with torch.no_grad():
+        model.a.weight[3], model.a.bias[3] = 0, 0  # dead, and yet a channel that stays or goes like any other
+    graph = trace(model, IMAGES)
+    assert "Averages are taken over them." in graph.explain("a") and not choose(graph, 0.5).kept
+    for seed in range(3):
+        plan = graph.plan(pick(graph, ratios={"a": 0.4, "b": 0.6}, score="random", renormalise=True, seed=seed))
+        assert plan.renormalised == ("a.weight", "b.weight")
+        assert prove(model, plan, IMAGES).error < 1e-12
+        assert judge(lambda: Averaging(made), lambda net: prune_(net, plan), IMAGES).left < 0.7  # noqa: B023
+    with pytest.raises(ProofError, match="departs from the masked one"):
+        prove(model, replace(plan, renormalised=()), IMAGES)
+
+
+def test_root_mean_squares_of_torch() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8), nn.Sigmoid(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    inputs = torch.randn(3, 4)
+    plan = choose(trace(model, inputs), 0.5, renormalise=True)
+    assert plan.renormalised == ("1.weight",) and plan.widths() == {"0": (8, 4), "3": (6, 3)}
+    assert prove(model, plan, inputs).error < 1e-12
+    prune_(model, plan)
+    assert tuple(model[1].normalized_shape) == (4,)
+
+
+def test_averages_of_what_does_not_vanish_hold_their_channels() -> None:
+    graph = trace(Averaging(lambda x: x.sigmoid().mean(1, keepdim=True)), IMAGES)
+    assert "are taken together (mean" in graph.pinned["a"] and "are taken together (mean" in graph.pinned["b"]
 
 
 def test_single_positions_are_tried_in_pairs() -> None:

@@ -88,7 +88,18 @@ def group_norm(call: Call) -> list[Axes]:
 def layer_norm(call: Call) -> list[Axes]:
     """Statistics over the last dims: with one such dim the rest can be normalised anew."""
     source, shape = call.arg(0, "input"), call.arg(1, "normalized_shape")
-    scale, shift = call.arg(2, "weight"), call.arg(3, "bias")
+    return _over_last(call, source, shape, call.arg(2, "weight"), call.arg(3, "bias"))
+
+
+@rule("rms_norm")
+def rms_norm(call: Call) -> list[Axes]:
+    """Mean squares over the last dims: as for layer norm."""
+    return _over_last(call, call.arg(0, "input"), call.arg(1, "normalized_shape"), call.arg(2, "weight"), None)
+
+
+def _over_last(
+    call: Call, source: Tensor, shape: Sequence[int], scale: Tensor | None, shift: Tensor | None
+) -> list[Axes]:
     axes = call.axes(source)
     normed = axes[len(axes) - len(shape) :]
     if len(shape) > 1 or scale is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_prune.structure.call import Call
 from lightning_prune.structure.labels import Axes, Axis
-from lightning_prune.structure.rules.registry import of_weight, positive, rule, several
+from lightning_prune.structure.rules.registry import of_channels, of_weight, positive, rule, several
 
 
 def _reduced(
@@ -12,7 +12,7 @@ def _reduced(
 ) -> list[Axes]:
     """Drop dims: a dim whose removed positions are zero may be summed, any other keeps its channels.
 
-    A ``statistic`` of a weight is taken anew over what stays, where the weight itself is the one to read it.
+    A ``statistic`` of channels is taken anew over what stays; that of a weight only where the weight itself reads it.
     """
     source = call.inputs[0]
     rank = source.dim()
@@ -22,6 +22,8 @@ def _reduced(
         axis = axes[dim] if rank else None
         if axis is not None and zeros_pass and axis.vanishes:
             call.labels.mark(axis.labels, "bound")
+        elif axis is not None and statistic and call.known.from_data(source) and of_channels(call, axis):
+            call.known.note_renormalised(axis.labels)
         else:
             call.pin_if_read(axis, "are taken together", by_others=statistic and of_weight(call, source, axis))
     kept: list[Axis | None] = []
@@ -48,9 +50,9 @@ def vector_norm(call: Call) -> list[Axes]:
     return _reduced(call, call.arg(2, "dim"), keep, zeros_pass=positive_order, zeros_stay=True)
 
 
-@rule("amax", "amin", "max", "min", "median", "nanmean")
+@rule("max", "min", "median", "nanmean")
 def level(call: Call) -> list[Axes]:
-    """Extremes and their like: zero for a dim of zeros, but they count their terms."""
+    """Extremes with their places and the like: zero for a dim of zeros, but they count their terms."""
     if len(call.inputs) > 1:
         from lightning_prune.structure.rules.elementwise import total as elementwise_total
 
@@ -58,9 +60,9 @@ def level(call: Call) -> list[Axes]:
     return _reduced(call, call.arg(1, "dim"), bool(call.arg(2, "keepdim", False)), zeros_stay=True)
 
 
-@rule("mean", "var", "std", "var_mean", "std_mean")
+@rule("mean", "var", "std", "var_mean", "std_mean", "amax", "amin")
 def statistic(call: Call) -> list[Axes]:
-    """Averages and deviations: zero for a dim of zeros, but they count their terms."""
+    """Averages, deviations, extremes: zero for a dim of zeros, but they count their terms."""
     return _reduced(call, _dims(call), _keeps_dims(call), zeros_stay=True, statistic=True)
 
 

@@ -61,6 +61,15 @@ def of_weight(call: Call, source: Tensor, axis: Axis | None) -> bool:
     return bool(((axis.labels > FIXED) & (axis.labels < call.labels.atoms)).all())
 
 
+def of_channels(call: Call, axis: Axis | None) -> bool:
+    """Whether statistics can be those of the channels that stay: they hold all of one parameter dim, and zeros else."""
+    if axis is None or not axis.vanishes or not 0 < axis.labels[0] < call.labels.atoms:
+        return False
+    name, dim = call.labels.dims[int(call.labels.member_ids(axis.labels[:1])[0])]
+    whole = call.labels.of(name, call.known.own(name).shape)[dim]
+    return whole is not None and np.array_equal(whole.labels, axis.labels)
+
+
 def couple(call: Call, labels: Ints, rows: int) -> Ints:
     """Unite equal positions of ``rows`` equal stretches; returns the labels of the first stretch."""
     table = labels.reshape(rows, -1)
