@@ -158,7 +158,10 @@ def _total_mask(q: Tensor, keys: int, attn_mask: Tensor | None, padding: Tensor 
 
 
 class ShiftedWindowAttention(Elastic):
-    """Twin of torchvision's attention in (shifted) windows, Swin and Swin V2; ``x`` is ``(batch, H, W, C)``."""
+    """Twin of torchvision's attention in (shifted) windows, Swin and Swin V2: ``x`` is ``(batch, H, W, C)``.
+
+    In films it is ``(batch, T, H, W, C)``, and windows are no larger than the film.
+    """
 
     num_heads: int
     window_size: list[int]
@@ -167,7 +170,7 @@ class ShiftedWindowAttention(Elastic):
     dropout: float
     qkv: nn.Linear
     proj: nn.Linear
-    get_relative_position_bias: Callable[[], Tensor]
+    get_relative_position_bias: Callable[..., Tensor]
 
     @staticmethod
     def widths(module: Any) -> tuple[int, ...]:
@@ -175,24 +178,30 @@ class ShiftedWindowAttention(Elastic):
         return (module.qkv.weight.shape[1], *module.proj.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See torchvision's ``shifted_window_attention``."""
-        bias = self.get_relative_position_bias()
-        (high, wide), (_, height, width, _) = self.window_size, x.shape
-        x = F.pad(x, (0, 0, 0, -width % wide, 0, -height % high))
-        batch, padded_height, padded_width, channels = x.shape
-        rows, columns = padded_height // high, padded_width // wide
-        down, right = self.shift_size[0] if rows > 1 else 0, self.shift_size[1] if columns > 1 else 0
-        shifted = bool(down or right)
-        if shifted:
-            x = torch.roll(x, (-down, -right), (1, 2))
-        x = x.view(batch, rows, high, columns, wide, channels).permute(0, 1, 3, 2, 4, 5)
-        x = x.reshape(batch * rows * columns, high * wide, channels)
-        out = self._attend(x, bias, _regions(x, (rows, high, down), (columns, wide, right)) if shifted else None)
-        x = out.view(batch, rows, columns, high, wide, out.shape[-1]).permute(0, 1, 3, 2, 4, 5)
-        x = x.reshape(batch, padded_height, padded_width, out.shape[-1])
-        if shifted:
-            x = torch.roll(x, (down, right), (1, 2))
-        return x[:, :height, :width, :].contiguous()
+        """See torchvision's ``shifted_window_attention`` and ``shifted_window_attention_3d``."""
+        batch, *space, channels = x.shape
+        rank, window, film = len(space), self.window_size, len(space) == 3
+        if film:
+            window = [min(pair) for pair in zip(window, space, strict=True)]
+        bias = self.get_relative_position_bias(window) if film else self.get_relative_position_bias()
+        rests = [rest for size, side in zip(space, window, strict=True) for rest in (-size % side, 0)]
+        x = F.pad(x, (0, 0, *reversed(rests)))
+        padded, dims = x.shape[1:-1], tuple(range(1, rank + 1))
+        counts = [size // side for size, side in zip(padded, window, strict=True)]
+        shift = [each if count > 1 else 0 for each, count in zip(self.shift_size, counts, strict=True)]
+        if any(shift):
+            x = torch.roll(x, [-each for each in shift], dims)
+        pairs = [size for pair in zip(counts, window, strict=True) for size in pair]
+        x = x.view(batch, *pairs, channels).permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), -1)
+        x = x.reshape(batch * math.prod(counts), math.prod(window), channels)
+        mask = _regions(x, list(zip(counts, window, shift, strict=True))) if any(shift) else None
+        out = self._attend(x, bias, mask)
+        back = [dim for pair in zip(dims, range(rank + 1, 2 * rank + 1), strict=True) for dim in pair]
+        x = out.view(batch, *counts, *window, out.shape[-1]).permute(0, *back, -1)
+        x = x.reshape(batch, *padded, out.shape[-1])
+        if any(shift):
+            x = torch.roll(x, shift, dims)
+        return x[(slice(None), *map(slice, space))].contiguous()
 
     def _attend(self, x: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         """Attention within each window; ``x`` is ``(windows, positions, C)``, ``mask`` one per window of an image."""
@@ -219,17 +228,18 @@ class ShiftedWindowAttention(Elastic):
         return F.dropout(F.linear(out, self.proj.weight, self.proj.bias), self.dropout, self.training)
 
 
-def _regions(x: Tensor, *sides: tuple[int, int, int]) -> Tensor:
+def _regions(x: Tensor, sides: Sequence[tuple[int, int, int]]) -> Tensor:
     """-100 where two positions of a shifted window come from different edges of the image, else 0."""
-    (rows, high, _), (columns, wide, _) = sides
-    numbers = [torch.zeros(count * size, dtype=x.dtype, device=x.device) for count, size, _ in sides]
-    for line, (_, size, shift) in zip(numbers, sides, strict=True):
+    rank, image = len(sides), torch.zeros((), dtype=x.dtype, device=x.device)
+    for dim, (count, size, shift) in enumerate(sides):
+        line = torch.zeros(count * size, dtype=x.dtype, device=x.device)
         if shift:
             line[-size:-shift] = 1
             line[-shift:] = 2
-    (down, right) = numbers
-    image = (3 * down[:, None] + right).view(rows, high, columns, wide)
-    flat = image.permute(0, 2, 1, 3).reshape(rows * columns, high * wide)
+        image = 3 * image + line.reshape([-1 if each == dim else 1 for each in range(rank)])
+    image = image.view([size for count, side, _ in sides for size in (count, side)])
+    image = image.permute(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))
+    flat = image.reshape(-1, math.prod(side for _, side, _ in sides))
     return (flat[:, None] != flat[:, :, None]).to(x.dtype) * -100.0
 
 
@@ -262,6 +272,7 @@ TWINS: dict[str, type[Elastic]] = {
     "torch.nn.modules.activation.MultiheadAttention.forward": MultiheadAttention,
     "torchvision.models.swin_transformer.ShiftedWindowAttention.forward": ShiftedWindowAttention,
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2.forward": ShiftedWindowAttention,
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d.forward": ShiftedWindowAttention,
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention.forward": RelativePositionalAttention,
 }
 

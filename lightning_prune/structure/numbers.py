@@ -31,21 +31,28 @@ class Fault(NamedTuple):
         reason: why it does not, as a sentence.
         where: name of the module whose code it is.
         joins: whether all that is wrong is the last size that a reshape asks for.
+        meant: a dim of as many positions whose count Python takes for that of the one guilty dim, if there is one.
     """
 
     guilty: list[Ints]
     reason: str
     where: str
     joins: bool = False
+    meant: Ints | None = None
 
 
 def answer(known: Knowledge, faults: Iterable[Fault]) -> None:
-    """Let a module's numbers follow, or let it join what is left; what has been tried in vain is pinned."""
+    """Let a module's numbers follow, or let it join what is left; what has been tried in vain is pinned.
+
+    Two dims of which Python takes the one's count for the other's live and die together.
+    """
     taken: dict[str, Ints] = {}
     joined: dict[str, bool] = {}
     for fault in faults:
         new = {key: labels for labels in fault.guilty for key in _untried(known, fault.where, labels.size)}
-        if new:
+        if fault.meant is not None:
+            known.labels.unite(fault.guilty[0], fault.meant)
+        elif new:
             taken = {**new, **taken}
         elif fault.joins and fault.where not in known.joined and can_join(known.model, fault.where):
             joined[fault.where] = True

@@ -238,7 +238,12 @@ class Prober(TorchDispatchMode):
             result = self._computed(func, args, kwargs, record)
         except Exception:  # a size that does not fit, in whatever words
             reason = f"{_named(record)} fails with another number of channels."
-            self._blame(record.where, (*record.inputs, *record.outputs), reason, _joins(args, record, expected))
+            joins = _joins(args, record, expected)
+            if not joins and (pair := self._taken_for(args, record, expected)) is not None:
+                self.failed = True
+                self.faults.append(Fault([pair[0]], reason, record.where, meant=pair[1]))
+            else:
+                self._blame(record.where, (*record.inputs, *record.outputs), reason, joins)
             return _stand_in(func, args, kwargs, expected)
         if [tuple(tensor.shape) for tensor in tensors_in(result)] == expected:
             for tensor, value in zip(tensors_in(result), (self.dense or {}).get(self.position - 1, ()), strict=False):
@@ -290,6 +295,21 @@ class Prober(TorchDispatchMode):
             earlier -= 1
         if guilty:
             self.faults.append(Fault([axis.labels for axis in guilty], reason, where, joins))
+
+    def _taken_for(self, args: Any, record: Record, expected: list[tuple[int, ...]]) -> tuple[Ints, Ints] | None:
+        """Of a reshape that asks for the size of an earlier dim instead: the dim that it means to cut, and that one."""
+        asked = args[1] if record.operator in ("view", "reshape") and len(args) > 1 else ()
+        if self.dense is not None or not isinstance(asked, (list, tuple)) or len(asked) != len(expected[0]):
+            return None
+        apart = [k for k, (size, real) in enumerate(zip(asked, expected[0], strict=True)) if size not in (-1, real)]
+        axis = record.outputs[0][apart[0]] if len(apart) == 1 else None
+        if axis is None:
+            return None
+        earlier = (axes for each in reversed(self.records[: self.position]) for axes in (*each.outputs, *each.inputs))
+        for other in (other for axes in earlier for other in axes if other is not None):
+            if other.labels.size == axis.labels.size and int(self.times[other.labels].sum()) == asked[apart[0]]:
+                return axis.labels, other.labels
+        return None
 
     def _changing_along(self, tensors: tuple[Axes, ...]) -> list[Axis]:
         found = (axis for axes in tensors for axis in axes if axis is not None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from lightning_prune.structure import PruningPlan, choose, load_slim, prove, prune_, save_slim, trace
 from lightning_prune.structure.elastic import Elastic, loosen_
@@ -124,6 +125,13 @@ def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_windows(kind: Any, shift: tuple[int, int], size: tuple[int, int], bias: bool) -> None:
     module = drawn(kind(12, [4, 4], list(shift), 3, qkv_bias=bias, proj_bias=bias))
+    assert_same(module, (torch.randn(2, *size, 12, dtype=torch.float64),))
+
+
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 2, 2), (0, 2, 0)])
+@pytest.mark.parametrize("size", [(4, 8, 8), (5, 7, 10), (1, 4, 9), (2, 3, 4)])
+def test_windows_of_films(shift: tuple[int, ...], size: tuple[int, ...]) -> None:
+    module = drawn(ShiftedWindowAttention3d(12, [2, 4, 4], list(shift), 3))
     assert_same(module, (torch.randn(2, *size, 12, dtype=torch.float64),))
 
 

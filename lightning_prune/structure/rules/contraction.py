@@ -43,20 +43,33 @@ class Convolution(NamedTuple):
     bias: Tensor | None
     groups: int
     depthwise: bool
-    space: int
+    space: Axes
 
 
 def _operands(call: Call) -> Convolution:
-    """Read a convolution's operands; its kernel and what that slides over stay as they are."""
+    """Read a convolution's operands; its kernel and what that slides over stay as they are.
+
+    A kernel of one position slides over nothing: it takes each position by itself.
+    """
     groups = int(call.arg(8 if call.name.endswith("convolution") else 6, "groups", 1))
     source, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
     space = weight.dim() - 2
     axes, (rows, columns, *kernel) = call.axes(source), call.axes(weight)
-    for axis in (*axes[len(axes) - space :], *kernel):
-        call.pin(axis, "are a dim that a kernel slides over")
+    over = axes[len(axes) - space :]
+    passes = call.outputs[0].shape[-space:] == source.shape[-space:] and _is_single(call, weight)
+    call.pin((*kernel, *(() if passes else over)), "are a dim that a kernel slides over")
+    over = tuple(over if bias is None else shifted(over)) if passes else (None,) * space
     batch = axes[: -space - 1] if bias is None else shifted(axes[: -space - 1])
     depthwise = groups == source.shape[-space - 1] and groups > 1
-    return Convolution(batch, axes[-space - 1], rows, columns, bias, groups, depthwise, space)
+    return Convolution(batch, axes[-space - 1], rows, columns, bias, groups, depthwise, over)
+
+
+def _is_single(call: Call, weight: Tensor) -> bool:
+    """Whether a kernel has one position, and one step and no padding leave every other where it is."""
+    turned = "transpose" in call.name or (call.name.endswith("convolution") and call.arg(6, "transposed"))
+    step, padding = call.arg(3, "stride", 1), call.arg(4, "padding", 0)
+    steps, rest = ({*each} if isinstance(each, (list, tuple)) else {each} for each in (step, padding))
+    return not turned and {*weight.shape[2:]} == steps == {1} and rest <= {0, "same", "valid"}
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
@@ -69,7 +82,7 @@ def convolution(call: Call) -> list[Axes]:
         out = _depthwise(call, conv.channels, conv.rows, conv.columns)
     else:
         out = _grouped(call, conv.channels, conv.rows, conv.columns, conv.groups)
-    return [(*conv.batch, _bias(call, out, conv.bias), *(None,) * conv.space)]
+    return [(*conv.batch, _bias(call, out, conv.bias), *conv.space)]
 
 
 def _depthwise(call: Call, channels: Axis | None, rows: Axis | None, columns: Axis | None) -> Axis | None:
@@ -111,7 +124,7 @@ def transposed(call: Call) -> list[Axes]:
         if conv.groups > 1 and rows is not None:
             couple(call, rows.labels, conv.groups)
         out = columns and Axis(np.tile(columns.labels, conv.groups), columns.vanishes)
-    return [(*conv.batch, _bias(call, out, conv.bias), *(None,) * conv.space)]
+    return [(*conv.batch, _bias(call, out, conv.bias), *conv.space)]
 
 
 @rule("linear")
