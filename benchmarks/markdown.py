@@ -71,3 +71,12 @@ def listed(names: Iterable[str]) -> str:
     ('a, b', 'none')
     """
     return ", ".join(names) or "none"
+
+
+def counted(threads: int) -> str:
+    """How many threads.
+
+    >>> counted(1), counted(2)
+    ('1 thread', '2 threads')
+    """
+    return f"{threads} thread{'s' * (threads > 1)}"

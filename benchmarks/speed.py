@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def time_in_turns(networks: dict[str, nn.Module], inputs: dict[str, Tensor], tur
     return times
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Cut, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet50", help="name of a torchvision classifier")
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--variants", action="store_true", help="channels last and torch.compile too")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
@@ -120,8 +121,14 @@ def main() -> None:
     _print(asked, rows)
     if asked.out:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        whole = {"rows": rows, "versions": versions, "threads": asked.threads, "device": device_name(dense)}
-        asked.out.write_text(json.dumps({**whole, "command": " ".join(sys.argv)}, indent=2, sort_keys=True) + "\n")
+        whole: dict[str, Any] = {
+            "rows": rows,
+            "versions": versions,
+            "threads": asked.threads,
+            "device": device_name(dense),
+        }
+        whole["command"] = " ".join(["benchmarks/speed.py", *(sys.argv[1:] if arguments is None else arguments)])
+        asked.out.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
 
 
 def _row(name: str, macs: dict[str, int], times: dict[str, list[float]]) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> Table:
     return view
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=60, help="of each of the three stages")
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/trainability.json"), help="where the numbers go, as JSON"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

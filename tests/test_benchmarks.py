@@ -15,8 +15,10 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from benchmarks import accuracy
+from benchmarks import accuracy, overhead, speed, tables, trainability
 from benchmarks.images import Images
+from benchmarks.networks import cifar_resnet
+from benchmarks.pages import RESULTS
 
 SMALL = ["--threads", "1", "--runs", "1", "--few", "16", "--batch", "4", "--epochs", "1", "1", "1"]
 
@@ -198,3 +200,100 @@ def test_crops_are_windows_of_the_padded_image(root: Path) -> None:
             seen.add((down, right, is_mirrored))
     assert len(seen) > 20
     assert {each for down, right, _ in seen for each in (down, right)} == set(range(9))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options for a network that takes milliseconds instead of ResNet-56."""
+    monkeypatch.setitem(overhead.NETWORKS, "resnet56", overhead.Case(lambda: cifar_resnet(1, 8), 2, 16, 10, 391))
+    return ["--threads", "1", "--turns", "3", "--out", "overhead.json"]
+
+
+def test_overhead_goes_on_method_by_method(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    names = list(overhead.TARGETS)
+    for count in range(1, len(names) + 1):
+        overhead.main([*tiny, "--minutes", "0"])
+        rows = json.loads(Path("overhead.json").read_text())["rows"]
+        assert [row["method"] for row in rows] == names[:count]
+    for row in rows:
+        for key in ("ours", "loops", "own", "own_loops"):
+            low, middle, high = row[key]
+            assert 0 < low <= middle <= high
+        assert row["own"][0] > 1
+        assert ("epoch_end" in row) == (row["method"] == "ASCP")
+    shown = capsys.readouterr().out
+    assert all(f"\n| {name} | " in shown for name in names)
+    before = Path("overhead.json").read_text()
+    overhead.main(tiny)
+    assert Path("overhead.json").read_text() == before
+    overhead.main([*tiny, "--again", "--methods", "TPP"])
+    again = json.loads(Path("overhead.json").read_text())["rows"]
+    assert sorted(row["method"] for row in again) == sorted(names)
+    assert [row for row in again if row["method"] != "TPP"] == [row for row in rows if row["method"] != "TPP"]
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.filterwarnings("ignore")  # of constants for longer stages
+@pytest.mark.parametrize("method", overhead.TARGETS)
+def test_who_has_the_turn_penalises_and_nobody_else(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn's gradients beside those of the same weights without any callback."""
+    pulled: dict[str, list[float]] = {}
+
+    class Watch(overhead.Turns):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            images, labels = trainer.fit_loop._data_source.instance._batch
+            plain = torch.autograd.grad(
+                F.cross_entropy(pl_module.net(images), labels), [*pl_module.parameters()], retain_graph=False
+            )
+            pairs = zip(pl_module.parameters(), plain, strict=True)
+            gap = max(float((parameter.grad - gradient).abs().max()) for parameter, gradient in pairs)
+            pulled.setdefault(self._role(), []).append(gap)
+
+    monkeypatch.setattr(overhead, "Turns", Watch)
+    overhead.measure("resnet56", method, 2)
+    assert set(pulled) == {*overhead.TURNS, *overhead.INSIDE}
+    counted = {role: gaps[overhead.WARM :] for role, gaps in pulled.items()}
+    assert [len(gaps) for gaps in counted.values()] == [2 + 2, 2, 2, 2, 2]  # dense: the first batch, and the last turn
+    assert max(counted["dense"]) < 1e-6
+    assert min(counted["loops"]) > 1e-6
+    if method != "ASCP":  # which works at an epoch's end alone
+        assert min(counted["ours"]) > 1e-6
+        assert min(counted["ours, inside"]) > min(counted["ours"])  # the penalty comes once more
+
+
+def test_speed_writes_what_it_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)  # what Torch-Pruning leaves takes a search
+    options = ["--network", "resnet18", "--batch", "1", "--side", "32", "--turns", "2", "--threads", "1"]
+    speed.main([*options, "--out", "speed.json"])
+    found = json.loads(Path("speed.json").read_text())
+    dense, slim, *_ = found["rows"]
+    assert [dense["network"], slim["network"]] == ["dense", "slim"]
+    assert dense["efficiency"] == 1
+    assert 0.45 <= slim["macs"] / dense["macs"] <= 0.5
+    assert slim["efficiency"] == pytest.approx(slim["by_the_clock"] / slim["on_paper"])
+    assert found["command"].startswith("benchmarks/speed.py --network resnet18")
+    assert f"{slim['on_paper']:.2f}x" in capsys.readouterr().out
+
+
+def test_trainability_judges_by_what_it_has_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    trainability.main(["--epochs", "1", "--seeds", "2", "--output", "found/trainability.json"])
+    found = json.loads(Path("found/trainability.json").read_text())
+    assert list(found["rows"]) == list(trainability.ROWS)
+    for name, runs in found["rows"].items():
+        assert [each["seed"] for each in runs] == [0, 1]
+        assert {*runs[0]["hidden_neurons"]} == {100 if name == "dense" else 20}
+    singular = {
+        name: sum(each["mean_jacobian_singular_value"] for each in runs) for name, runs in found["rows"].items()
+    }
+    assert found["verdict"]["times_l1"] == pytest.approx(singular["TPP"] / singular["L1"])
+    assert singular["L1 + OrthP"] == pytest.approx(2, rel=1e-5)
+    assert f"Targets met: {found['verdict']['targets_met']}" in capsys.readouterr().out
+    assert found["verdict"] == trainability.judge(found["rows"])
+
+
+def test_the_pages_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("docs").mkdir()
+    monkeypatch.setattr(tables, "ROOT", Path())
+    tables.main()
+    assert Path("docs/benchmarks.md").read_text() == tables.benchmarks(RESULTS)
+    assert Path("docs/coverage.md").read_text().startswith("# Coverage")

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.markdown import listed, on, spread, table
+from benchmarks.markdown import counted, listed, on, spread, table
 from benchmarks.pages import Section
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]
@@ -68,9 +68,8 @@ def conditions(found: Sequence[Any]) -> list[str]:
     for run in found:
         threads = sorted({each["threads"] for side in SIDES for each in run["report"][side] if each.get("threads")})
         epochs = " + ".join(map(str, run["epochs"]))
-        more = [f"{count} threads" if count > 1 else "1 thread" for count in threads]
         small = f"A miniature of {run['few']} images; " if run.get("few") else ""
-        lines.append(f"{small}{epochs} epochs; {on(run['versions'], *more)}")
+        lines.append(f"{small}{epochs} epochs; {on(run['versions'], *map(counted, threads))}")
     return list(dict.fromkeys(lines))
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.markdown import listed, on, quartiles, table
+from benchmarks.markdown import counted, listed, on, quartiles, table
 from benchmarks.pages import Section
 
 ABOUT = """What a method adds to a training step, beside a plain restatement of how the papers' code does it (Python
 loops over layers, clusters and pruned filters that add to the gradients). Dense steps, the method's and the
-restatement's take turns in one run. *Whole step*: its time over that of the dense steps around it, median and
-quartiles over the turns. *Own time*: 1 plus the time inside the callback's hooks and in the penalty's backward pass,
-over the dense step; what the rest of the machine does hardly touches it. Where a method works at an epoch's end
-(ASCP), its row holds that too, spread over the steps of an epoch of the data set."""
+restatement's take turns in one run. *Whole step*: its time over that of the dense steps around it, median and quartiles
+over the turns. *Own time*: 1 plus the time inside the callback's hooks and in the penalty's backward pass, over the
+dense step, on a processor in its own seconds; what else the machine does hardly touches it. Where a method works at an
+epoch's end (ASCP), its row holds that too, spread over the steps of an epoch of the data set."""
 COMMAND = "python benchmarks/overhead.py --network resnet56 --minutes 30    # resnet50, vgg19; call it again to go on"
 HEADERS = ("method", "target", "whole step", "own time", "loops: whole step", "loops: own time", "dense step, ms")
 
@@ -25,7 +25,7 @@ def body(found: Sequence[Any]) -> list[str]:
         rows.setdefault((row["network"], row["batch"], row["device"], row["threads"]), []).append(row)
     text: list[str] = []
     for (network, batch, device, threads), own in rows.items():
-        about = on({"device": device, **own[0]["versions"]}, f"{threads} threads")
+        about = on({"device": device, **own[0]["versions"]}, counted(threads))
         text += [f"### {network}, batch {batch}, {device}", "", about, "", *table(HEADERS, map(_cells, own)), ""]
         text += [verdict(own, key, name) for key, name in (("ours", "whole step"), ("own", "own time"))] + [""]
     return text[:-1]
@@ -39,8 +39,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def amortised(row: dict[str, Any], key: str) -> list[float]:
     """Quartiles, with what happens at an epoch's end where that is the library's."""
-    share = 0.0 if key.endswith("loops") else row.get("epoch_end_ms", 0.0) / row["steps_per_epoch"] / row["dense_ms"]
-    return [value + share for value in row[key]]
+    more = 0.0 if key.endswith("loops") else row.get("epoch_end", 0.0)
+    return [value + more for value in row[key]]
 
 
 def verdict(rows: Sequence[dict[str, Any]], key: str, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.markdown import on, table
+from benchmarks.markdown import counted, on, table
 from benchmarks.pages import Section
 
 ABOUT = """A network at half of its multiply-adds, widths in multiples of 8 and any widths, beside the one that
@@ -30,7 +30,7 @@ def body(found: Sequence[Any]) -> list[str]:
             )
             for row in whole["rows"]
         ]
-        about = on({"device": whole["device"], **whole["versions"]}, f"{whole['threads']} threads")
+        about = on({"device": whole["device"], **whole["versions"]}, counted(whole["threads"]))
         text += [f"`python {whole['command']}`: {about}", "", *table(HEADERS, rows), ""]
     return text[:-1]
 
