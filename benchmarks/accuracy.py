@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py --preset digits                            # minutes
     python benchmarks/accuracy.py --preset cpu --root DIR --minutes 60       # CIFAR-10; call it again to go on
     python benchmarks/accuracy.py --preset resnet56 --root DIR --minutes 9 --compile    # the papers' table, on a GPU
+    python benchmarks/accuracy.py --preset cpu --latency                     # dense and slim in turns
     python benchmarks/accuracy.py --preset cpu --table                       # what is known so far
 
 A run is dense training, the sparse stage and finetuning, each with a cosine cycle of its own; the dense stage is
@@ -24,6 +25,7 @@ import json
 import logging
 import math
 import platform
+import statistics
 import sys
 import time
 import warnings
@@ -45,9 +47,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.images import Images
 from benchmarks.networks import cifar_resnet, resnet56, vgg19
 from benchmarks.pages import accuracy as page
-from lightning_prune import ASCP, TPP, GReg1, GReg2, Magnitude, MaskSparsity, StructuralPruning
+from benchmarks.speed import time_in_turns
+from lightning_prune import (
+    ASCP,
+    TPP,
+    GReg1,
+    GReg2,
+    Magnitude,
+    MaskSparsity,
+    StructuralPruning,
+    load_from_checkpoint,
+)
 from lightning_prune.reports.latency import device_name
 
+TURNS = 101
 METHODS: dict[str, type[Any]] = {
     "Magnitude": Magnitude,
     "GReg1": GReg1,
@@ -244,6 +257,23 @@ def keep(preset: Preset, base: Path) -> None:
     (base / "done").touch()
 
 
+def time_again(asked: argparse.Namespace, preset: Preset, result: Path) -> None:
+    """Latencies of a run's dense and slim network, in turns, by their checkpoints; they go into its result."""
+    values = json.loads(result.read_text())
+    shape = 3, *[8 if preset.data == "digits" else 32] * 2
+    slim = load_from_checkpoint(Classifier, asked.out / result.stem / "last.ckpt", map_location="cpu", preset=preset)
+    networks: dict[str, nn.Module] = {"dense": Classifier(preset).net.eval(), "slim": slim.net.eval()}
+    rows = []
+    for batch in (1, 64):
+        images = torch.randn(batch, *shape).contiguous(memory_format=torch.channels_last)
+        if torch.cuda.is_available():
+            images, networks = images.cuda(), {name: network.cuda() for name, network in networks.items()}
+        times = time_in_turns(networks, dict.fromkeys(networks, images), TURNS)
+        rows.append({"batch": batch, **{f"{name}_ms": statistics.median(each) for name, each in times.items()}})
+    values["latency"] = {"rows": rows, "threads": torch.get_num_threads(), "device": _versions()["device"]}
+    result.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
 def _versions() -> dict[str, str]:
     return {
         "torch": torch.__version__,
@@ -275,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--few", type=int, help="only so many images: a miniature")
     parser.add_argument("--epochs", type=int, nargs=3, help="of the three stages, instead of the preset's")
     parser.add_argument("--batch", type=int, help="images, instead of the preset's")
+    parser.add_argument("--latency", action="store_true", help="only time the networks of complete runs, in turns")
     parser.add_argument("--table", action="store_true", help="only print what is known so far")
     asked = parser.parse_args(arguments)
     asked.deadline = time.monotonic() + 60 * asked.minutes
@@ -287,9 +318,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(asked.threads)
     preset = preset_of(asked)
     runs = [(method, share, seed) for share, seed in preset.runs[: asked.runs] for method in asked.methods]
-    for each in () if asked.table else runs:
+    for each in () if asked.table or asked.latency else runs:
         if not run(asked, preset, *each):
             break
+    for result in sorted(asked.results.glob("*.json")) if asked.latency else ():
+        time_again(asked, preset, result)
     show(asked)
 
 

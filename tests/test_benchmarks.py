@@ -154,6 +154,25 @@ def test_a_kept_dense_network_begins_other_runs(whole: Path, tmp_path: Path) -> 
     assert not list(tmp_path.glob("dense-*"))
 
 
+def test_latency_is_measured_again_where_it_is_quiet(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def timed(networks: dict[str, torch.nn.Module], inputs: dict[str, torch.Tensor], turns: int) -> Any:
+        counts = [sum(each.numel() for each in networks[name].parameters()) for name in ("dense", "slim")]
+        seen.append((counts[0], counts[1]))
+        return speed.time_in_turns(networks, inputs, 3)
+
+    monkeypatch.setattr(accuracy, "time_in_turns", timed)
+    before = results(whole)
+    for values in run(whole, *DIGITS, "--latency").values():
+        report, (one, many) = values["report"], values["latency"]["rows"]
+        assert [one["batch"], many["batch"]] == [1, 64]
+        assert min(one["dense_ms"], one["slim_ms"]) > 0
+        assert accuracy.page.latency(values)[1] == (many["dense_ms"], many["slim_ms"])
+        assert (report["cost_before"]["parameters"], report["cost_after"]["parameters"]) in seen
+    assert results(whole) == before
+
+
 def test_a_compiled_network_is_compiled_again_after_surgery(whole: Path, tmp_path: Path) -> None:
     """The compiler sees dense and slim weights, and the numbers stay those of the network as it is written."""
     shapes: set[tuple[int, ...]] = set()

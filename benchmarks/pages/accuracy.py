@@ -18,7 +18,7 @@ SIDES = ("latency_before", "latency_after")
 HEADERS = ("method", "seeds", "dense", "masked", "right after", "finetuned", "M MACs", "parameters")
 LATENCY = ("ms, batch 1", "ms, batch 64")
 PRESETS = {
-    "digits": ("scikit-learn's digits, on a processor", "A residual network of 8 layers, three seeds."),
+    "digits": ("scikit-learn's digits, on a processor", "A residual network of 8 layers, 16 to 64 channels wide."),
     "cpu": ("CIFAR-10, on a processor", "A residual network of 8 layers, 16 to 64 channels wide."),
     "resnet56": ("CIFAR-10 and ResNet-56, on a GPU", "The papers' recipe."),
     "resnet110": ("CIFAR-10 and ResNet-110, on a GPU", "The papers' recipe."),
@@ -32,7 +32,8 @@ ABOUT = f"""## Accuracy
 Validation accuracy in percent, mean ± standard deviation over the seeds, always of the last epoch. Every method has the
 same epochs: dense, sparse, finetuning; {BASELINE} trains on densely instead of a sparse stage. *Dense*: at the end of
 the first stage. *Masked*: just before surgery, with what goes set to zero. *Right after*: the slim network before any
-further step. Multiply-adds by fvcore; milliseconds of a forward pass, dense -> slim.
+further step. Multiply-adds by fvcore; milliseconds of a forward pass, dense -> slim: of both in turns
+after the runs (`--latency`), or else as measured at surgery.
 """
 
 
@@ -66,7 +67,8 @@ def conditions(found: Sequence[Any]) -> list[str]:
     """Epochs, device and versions; several, where the runs differ."""
     lines = []
     for run in found:
-        threads = sorted({each["threads"] for side in SIDES for each in run["report"][side] if each.get("threads")})
+        timed = [run["latency"]] if "latency" in run else [each for side in SIDES for each in run["report"][side]]
+        threads = sorted({each["threads"] for each in timed if each.get("threads")})
         epochs = " + ".join(map(str, run["epochs"]))
         small = f"A miniature of {run['few']} images; " if run.get("few") else ""
         lines.append(f"{small}{epochs} epochs; {on(run['versions'], *map(counted, threads))}")
@@ -75,22 +77,29 @@ def conditions(found: Sequence[Any]) -> list[str]:
 
 def rows(runs: Runs) -> list[str]:
     """The table."""
-    latencies = len(next(iter(runs.values()))[0]["report"][SIDES[0]])
+    latencies = len(latency(next(iter(runs.values()))[0]))
     cells = []
-    for method, own in runs.items():
+    for method, own in sorted(runs.items(), key=lambda each: (each[0] != BASELINE, each[0])):
         reports = [run["report"] for run in own]
         accuracy = [spread([100 * report["accuracy"][stage] for report in reports]) for stage in STAGES]
         macs, parameters = (
             statistics.mean(report["cost_after"][key] for report in reports) for key in ("macs", "parameters")
         )
+        every = [latency(run) for run in own]
         times = [
-            " -> ".join(
-                f"{statistics.median(report[side][k]['median_ms'] for report in reports):.3g}" for side in SIDES
-            )
+            " -> ".join(f"{statistics.median(each[k][side] for each in every):.3g}" for side in (0, 1))
             for k in range(latencies)
         ]
         cells.append((method, len(own), *accuracy, f"{macs / 1e6:.2f}", f"{parameters:,.0f}", *times))
     return table((*HEADERS, *LATENCY[:latencies]), cells)
+
+
+def latency(run: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Milliseconds of the dense and the slim network at each batch size: measured in turns, or else at surgery."""
+    if "latency" in run:
+        return [(row["dense_ms"], row["slim_ms"]) for row in run["latency"]["rows"]]
+    before, after = (run["report"][side] for side in SIDES)
+    return [(dense["median_ms"], slim["median_ms"]) for dense, slim in zip(before, after, strict=True)]
 
 
 def beside(runs: Runs) -> list[str]:
