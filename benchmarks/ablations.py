@@ -26,6 +26,8 @@ import shutil
 import time
 import warnings
 import zlib
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -146,7 +148,7 @@ def collect(asked: argparse.Namespace, preset: Preset) -> None:
     (asked.results / f"{asked.preset}.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Go on until everything is complete or the time is up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=RATIOS, default="digits")
@@ -158,14 +160,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the preset's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--few", type=int, help="only so many images: a miniature")
-    asked = parser.parse_args()
+    parser.add_argument("--epochs", type=int, nargs=3, help="of the three stages, instead of the preset's")
+    asked = parser.parse_args(arguments)
     asked.deadline = time.monotonic() + 60 * asked.minutes
     asked.out = asked.out or Path("runs/ablations") / asked.preset
     asked.out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(asked.threads)
-    preset = PRESETS[asked.preset]
+    preset = replace(PRESETS[asked.preset], epochs=tuple(asked.epochs or PRESETS[asked.preset].epochs))
     stage = stage_of(asked, preset)
     names = dict.fromkeys(name for key in asked.only for name in ABLATIONS[key].variants)
     left = [(seed, name) for seed in asked.seeds or SEEDS[asked.preset] for name in names]

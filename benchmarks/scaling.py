@@ -322,7 +322,7 @@ def _panel(place: Any, rows: Sequence[dict[str, Any]], quantity: str) -> None:
     place.set_title(quantity)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--images", type=Path, default=IMAGES)
     parser.add_argument("--plot", action="store_true", help="only draw")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     if asked.child:
         torch.set_num_threads(1)
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

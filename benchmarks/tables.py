@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.pages import RESULTS, ROOT, Section, accuracy, coverage, overhead, speed, trainability
+from benchmarks.pages import (
+    RESULTS,
+    ROOT,
+    Section,
+    ablations,
+    accuracy,
+    coverage,
+    overhead,
+    scaling,
+    speed,
+    trainability,
+)
 
 PARTS: tuple[Section | str, ...] = (
     overhead.SECTION,
@@ -15,6 +26,8 @@ PARTS: tuple[Section | str, ...] = (
     accuracy.ABOUT,
     *accuracy.SECTIONS,
     trainability.SECTION,
+    scaling.SECTION,
+    ablations.SECTION,
 )
 """Of ``docs/benchmarks.md``, in their order; each section says by itself whether it has been measured."""
 

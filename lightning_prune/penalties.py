@@ -172,6 +172,41 @@ def gram_decorrelation(
     return _total(values, weights), whole
 
 
+def spectral_norm(matrix: Tensor, steps: int = 32) -> Tensor:
+    r"""Largest singular value, in time proportional to the matrix: it gives the decorrelation's steepness.
+
+    .. math:: \sigma_1 = \max_{q \in K} \lVert W^\top q \rVert, \qquad
+        K = \mathrm{span}(x, A x, \dots, A^{k-1} x), \quad A = W W^\top, \quad \lVert q \rVert = 1
+
+    Lanczos' method: never above the value, exact for up to k rows, and within
+    :math:`(\ln N / 2 k)^2` of it where no gap follows the largest value. A decomposition takes time proportional to
+    :math:`N^2 D`: minutes for the widest layers of VGG. Nothing is random, and nobody waits for the device.
+
+    Args:
+        matrix: shape ``(N, D)``, float32 or float64.
+        steps: :math:`k`, products with the matrix and its transpose.
+
+    Returns:
+        A scalar.
+
+    >>> spectral_norm(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]))
+    tensor(4.)
+    """
+    matrix = matrix.detach()
+    # as good as random: no matrix that occurs has its first singular vector at a right angle to this
+    vector = torch.arange(1, len(matrix) + 1, dtype=matrix.dtype, device=matrix.device).square().sin()
+    found = matrix.new_zeros(0, len(matrix))
+    for _ in range(min(steps, len(matrix))):
+        for _ in range(2):  # once would leave rounding errors in it
+            vector = vector - (found @ vector) @ found
+            vector = vector / vector.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
+        found = torch.cat([found, vector.unsqueeze(0)])
+        vector = matrix @ (vector @ matrix)
+    image = (torch.linalg.qr(found.mT).Q.mT @ matrix).double()
+    largest: Tensor = torch.linalg.eigvalsh(image @ image.mT)[-1]
+    return largest.clamp_min(0).sqrt().to(matrix.dtype)
+
+
 def cluster_pull(
     weights: Sequence[Tensor], averages: Sequence[Tensor], *, strength: float
 ) -> tuple[Tensor, list[Tensor]]:

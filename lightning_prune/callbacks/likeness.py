@@ -15,6 +15,10 @@ from lightning_prune.structure import ChannelGroup
 Partition = Mapping[str, Tensor]
 """Group name -> the number of each channel's cluster, ``(C,)``."""
 
+TOGETHER = 2**26
+"""Most inner products that are clustered in one call: all of a convolutional network's, four layers of 4096 channels,
+which with what k-means needs beside them are a gigabyte and a half."""
+
 
 def own_members(group: ChannelGroup) -> tuple[tuple[str, int], ...]:
     """What must be alike for channels to be alike: all members but the weights of those who read them."""
@@ -35,7 +39,7 @@ def cluster(
     before: Partition,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Exactly so many clusters for each group; groups of one size are clustered in one call.
+    """Exactly so many clusters for each group; groups of one size are clustered in one call, unless they are wide.
 
     Args:
         similar: group name -> inner products of its filters, see :func:`similarities`.
@@ -48,11 +52,13 @@ def cluster(
     for name, table in similar.items():
         alike.setdefault((len(table), counts[name], name in before, table.device, table.dtype), []).append(name)
     labels: dict[str, Tensor] = {}
-    for (_, count, is_warm, device, _), names in alike.items():
-        start = torch.stack([before[name].to(device) for name in names]) if is_warm else None
-        tables = torch.stack([similar[name] for name in names])
-        found = partition(tables, count, method, start=start, generator=generator)
-        labels.update(zip(names, found, strict=True))
+    for (channels, count, is_warm, device, _), names in alike.items():
+        few = max(1, TOGETHER // channels**2)
+        for own in (names[first : first + few] for first in range(0, len(names), few)):
+            start = torch.stack([before[name].to(device) for name in own]) if is_warm else None
+            tables = torch.stack([similar[name] for name in own])
+            found = partition(tables, count, method, start=start, generator=generator)
+            labels.update(zip(own, found, strict=True))
     return labels
 
 

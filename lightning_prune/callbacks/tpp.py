@@ -15,7 +15,7 @@ from lightning_prune.callbacks.growing import Growing, constants
 from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.callbacks.targets import Target, aim, zero_out_
 from lightning_prune.callbacks.watching import check
-from lightning_prune.penalties import gram_decorrelation, weighted_l2
+from lightning_prune.penalties import gram_decorrelation, spectral_norm, weighted_l2
 from lightning_prune.schedules import TPP_CIFAR, TPP_IMAGENET, Dynamics, TPPSchedule
 from lightning_prune.structure import Budget
 
@@ -181,7 +181,7 @@ class TPP(Growing):
             if parameter is not None and parameter.dim() > 1:
                 weight = parameter.detach().movedim(dim, 0).flatten(1).float()
                 count = weight.shape[0] ** 2 if self.reduction == "mean" else 1
-                found.append(4 * torch.linalg.matrix_norm(weight, ord=2).square() / count)
+                found.append(4 * spectral_norm(weight).square() / count)
         return self.agreed(lambda: float(torch.stack(found).max())) if found else None
 
     def _find_filters(self) -> list[tuple[nn.Parameter, int, Tensor]]:

@@ -16,9 +16,10 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_prune.callbacks import likeness
 from lightning_prune.callbacks.ascp import ASCP
 from lightning_prune.callbacks.structural import StructuralPruning
-from lightning_prune.clusters import average
+from lightning_prune.clusters import average, gram, partition
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.schedules import ASCPSchedule
 from lightning_prune.structure import kept_channels, prune_, trace
@@ -525,3 +526,22 @@ def test_nothing_is_left_behind() -> None:
     pruning = StructuralPruning(latency_batches=(), report_file=None)
     fit(method, seeded(conv_net), "sgd", pruning, max_epochs=3)
     assert method.finished and method.energy() == 0 and not method._calls and not method._groups
+
+
+@pytest.mark.parametrize("method", ["kmeans", "ward", "even"])
+def test_tables_too_large_for_one_call_are_clustered_in_parts(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    similar = {name: gram(torch.randn(12, 5)) for name in "abcde"}
+    sizes: list[int] = []
+
+    def watched(tables: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sizes.append(len(tables))
+        return partition(tables, *args, **kwargs)
+
+    monkeypatch.setattr(likeness, "partition", watched)
+    found = []
+    for together in (likeness.TOGETHER, 2 * 12**2, 1):
+        monkeypatch.setattr(likeness, "TOGETHER", together)
+        found.append(likeness.cluster(similar, dict.fromkeys(similar, 7), method, {}, torch.Generator()))
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    for labels in found[1:]:
+        assert_equal(labels, found[0])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune.errors import ConfigurationError
-from lightning_prune.penalties import gram_decorrelation
+from lightning_prune.penalties import gram_decorrelation, spectral_norm
 from lightning_prune.schedules import TPP_CIFAR, TPP_IMAGENET, Dynamics, TPPSchedule
 
 SHAPES = [((8, 3, 3, 3), 5), ((8, 3, 3, 3), 5), ((8, 3, 3, 3), 2), ((6, 10), 3), ((4, 2, 5), 4), ((7, 3), 0)]
@@ -254,3 +254,14 @@ def test_impossible_constants_are_told(field: str, value: float) -> None:
         TPPSchedule(**{field: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="at least 2 optimiser steps"):
         TPPSchedule.derive(1, Dynamics(0.1))
+
+
+@pytest.mark.parametrize(("shape", "within"), [((8, 27), 1e-6), ((32, 5), 1e-6), ((64, 90), 1e-4), ((400, 300), 1e-2)])
+def test_the_spectral_norm_is_that_of_a_decomposition(shape: tuple[int, int], within: float) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64)
+    expected = torch.linalg.matrix_norm(matrix, ord=2)
+    torch.testing.assert_close(spectral_norm(matrix), expected, rtol=within, atol=0.0)
+    assert spectral_norm(matrix) <= expected * (1 + 1e-12)
+    rows = torch.cat([matrix[:1], torch.zeros_like(matrix)])
+    torch.testing.assert_close(spectral_norm(rows), matrix[0].norm(), rtol=1e-12, atol=0.0)
+    assert spectral_norm(torch.zeros(shape)) == 0
