@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune.structure.replica import quiet_room
-from lightning_prune.structure.stopwatch import seconds
+from lightning_prune.structure.stopwatch import clock_of, seconds
 
 MULTIPLES = (1, 2, 4, 8, 16, 32)
 """Among which the choice is made."""
@@ -42,7 +42,8 @@ def fast_multiple(model: nn.Module) -> int:
         works = {multiple: _works(multiple, like) for multiple in MULTIPLES}
         for run, _ in chain(*works.values()):
             run()
-        turns = [{each: _per_macs(work) for each, work in works.items()} for _ in range(_ROUNDS)]
+        clock = clock_of(model)
+        turns = [{each: _per_macs(work, clock) for each, work in works.items()} for _ in range(_ROUNDS)]
     return finest({each: min(turn[each] for turn in turns) for each in MULTIPLES})
 
 
@@ -55,8 +56,8 @@ def finest(times: Mapping[int, float]) -> int:
     return min(number for number, time in times.items() if time <= NEAR * min(times.values()))
 
 
-def _per_macs(works: Sequence[Work]) -> float:
-    return sum(seconds(run) for run, _ in works) / sum(macs for _, macs in works)
+def _per_macs(works: Sequence[Work], clock: Callable[[], float]) -> float:
+    return sum(seconds(run, clock=clock) for run, _ in works) / sum(macs for _, macs in works)
 
 
 def _works(multiple: int, like: Tensor) -> list[Work]:

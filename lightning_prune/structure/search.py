@@ -7,6 +7,7 @@ it to be taken. Sorted by price the steps are one list, and a plan is a prefix o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,12 +173,13 @@ def by_clock(
     dense: float,
     target: float,
     enough: float,
-    most: int = 10,
+    most: int = 12,
 ) -> tuple[Ints, float] | float:
     """Widths whose measured time is within the target, found by few measurements.
 
     Between a measurement above and one below, time is taken to be a straight line over MACs; every third guess halves
-    the steps in between instead, for it may be none.
+    the steps in between instead, for it may be none. What seems near enough is measured again before it is taken, and
+    so are the ends where nothing is left between them, for a clock that wavers may have led there; the mean counts.
 
     Args:
         measure: the time at some widths; it needn't be monotone, nor twice the same.
@@ -191,30 +193,45 @@ def by_clock(
     Returns:
         Widths and their time, of the slowest that was within the target; the fastest time, where none was.
     """
+    last, wanted = len(ladder.steps), target * (1 + enough) / 2
+    drawn: dict[int, list[float]] = {}
+    times: dict[int, float] = {}
 
     def cost(number: int) -> float:
         return float(bill.at(ladder.after(number)))
 
-    above, below = (0, dense, cost(0)), (len(ladder.steps), 0.0, 0.0)  # number of steps, time, MACs
-    best: tuple[Ints, float] | None = None
-    fastest, wanted = dense, target * (1 + enough) / 2
+    def ends() -> tuple[int, int]:
+        """Numbers of steps: the last one too slow and the first one within the target, or all steps."""
+        below = min((number for number, time in times.items() if time <= target), default=last)
+        return max((number for number, time in times.items() if time > target and number < below), default=0), below
+
+    def guess(above: int, below: int, halve: bool) -> int:
+        """More steps than the one, at most as many as the other, and fewer where that is known."""
+        most = below - 1 if below in times else below
+        if halve:
+            return min((above + below) // 2, most)
+        slow, fast = times.get(above, dense), times.get(below, 0.0)
+        few, many = cost(above), cost(below) if below in times else 0.0
+        number = fewest(cost, last, many + (few - many) * (wanted - fast) / max(slow - fast, 1e-12))
+        return min(max(below if number is None else number, above + 1), most)
+
     for turn in range(most):
-        line = below[2] + (above[2] - below[2]) * (wanted - below[1]) / max(above[1] - below[1], 1e-12)
-        number = (above[0] + below[0]) // 2 if turn % 3 == 2 else fewest(cost, len(ladder.steps), line)
-        asked = min(max(number if number is not None else below[0], above[0] + 1), below[0])
-        widths = ladder.after(asked)
-        time = measure(widths)
-        fastest = min(fastest, time)
-        if time <= target:
-            best = (widths, time) if best is None or time > best[1] else best
-            below = asked, time, cost(asked)
-            if time >= enough * target:
-                break
+        above, below = ends()
+        found = times.get(below, 0.0)
+        if enough * target <= found or (below == last and found > target):
+            asked = below
+        elif below not in times or below - above > 1:
+            asked = guess(above, below, turn % 3 == 2)
         else:
-            above = asked, time, cost(asked)
-        if above[0] >= len(ladder.steps) or (below[0] - above[0] <= 1 and below[1] > 0):
+            asked = above if len(drawn.get(above, ())) == 1 else below
+        if len(drawn.get(asked, ())) > 1:
             break
-    return fastest if best is None else best
+        drawn.setdefault(asked, []).append(measure(ladder.after(asked)))
+        times[asked] = fmean(drawn[asked])
+    number = max(
+        (number for number, time in times.items() if time <= target), key=lambda each: times[each], default=None
+    )
+    return min(times.values(), default=dense) if number is None else (ladder.after(number), times[number])
 
 
 def largest_terms(bill: Bill, widths: NDArray[Any], count: int = 3) -> list[tuple[str, float]]:
