@@ -17,8 +17,9 @@ from lightning_prune.callbacks.permanence import PermanentMask
 from lightning_prune.callbacks.ranks import run_together
 from lightning_prune.callbacks.watching import configured_, refuse_sharded_parameters
 from lightning_prune.errors import ConfigurationError, SlimFileError
-from lightning_prune.structure import Plan, SparsityPlan, load_slim, read_slim_header, read_slim_plan, signature
+from lightning_prune.structure import Plan, SparsityPlan, signature
 from lightning_prune.structure.plan import submodule
+from lightning_prune.structure.slim_file import read_slim
 
 
 class LoadPruned(Callback):
@@ -69,13 +70,14 @@ class LoadPruned(Callback):
             raise ConfigurationError(
                 f"module={self.module!r} is no part of the LightningModule; its children are: {children}."
             ) from None
-        plan = self._plan = read_slim_plan(self.path)
+        found = read_slim(self.path)
+        plan = self._plan = found.plan
         _refuse_mixture(trainer, plan)
         if not history(pl_module):
-            self._has_cut = read_slim_header(self.path).get("signature") != signature(network)
+            self._has_cut = found.header.get("signature") != signature(network)
             if self._has_cut or isinstance(plan, SparsityPlan):  # which no signature shows
                 for whole in (pl_module, *average_models(trainer)):  # averages that have copied the dense module
-                    load_slim(self.path, submodule(whole, self.module))
+                    found.fill_(submodule(whole, self.module))
             remember_(pl_module, self.module, plan)
         elif AppliedPlan(self.module, plan) not in history(pl_module):
             raise SlimFileError(f"{self.path} belongs to a dense module; this one is slim by another plan already.")
@@ -91,8 +93,8 @@ class LoadPruned(Callback):
         self._permanent.before_step(optimizer)
 
     def _hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        plan = read_slim_plan(self.path) if self._plan is None else self._plan
-        self._permanent.hold_(submodule(pl_module, self.module), plan, trainer.optimizers)
+        if self._plan is not None:
+            self._permanent.hold_(submodule(pl_module, self.module), self._plan, trainer.optimizers)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""

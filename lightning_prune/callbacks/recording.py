@@ -22,8 +22,12 @@ NUMBERS = ("penalty", "energy", "separation")
 _TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
 
 
+MOST = 512
+"""Validations that are remembered; where there are more, every second one is dropped."""
+
+
 class Diary:
-    """The sparse stage epoch by epoch, and the metric at every validation; plain values that a checkpoint can hold."""
+    """The sparse stage epoch by epoch, and the metric of validations; plain values that a checkpoint can hold."""
 
     def __init__(self) -> None:
         self.moments: list[Moment] = []
@@ -41,6 +45,8 @@ class Diary:
     def note_validation(self, trainer: Trainer, value: float | None, slim: bool) -> None:
         """Write down the metric of a validation."""
         self.validations.append(Validation(trainer.current_epoch, trainer.global_step, value, slim))
+        if len(self.validations) > MOST:
+            self.validations = thinned(self.validations)
 
     def plain(self) -> dict[str, list[dict[str, Any]]]:
         """Everything in values that torch loads with ``weights_only=True``."""
@@ -50,6 +56,18 @@ class Diary:
         """Read what :meth:`plain` gave."""
         self.moments = [Moment(**each) for each in values.get("moments", ())]
         self.validations = [Validation(**each) for each in values.get("validations", ())]
+
+
+def thinned(validations: Sequence[Validation]) -> list[Validation]:
+    """Every second one, from the last one back; beside them the first one, and those on both sides of surgery.
+
+    >>> [each.step for each in thinned([Validation(0, step, 0.5, slim=step > 3) for step in range(10)])]
+    [0, 1, 3, 4, 5, 7, 9]
+    """
+    last = len(validations) - 1
+    slim = sum(each.slim for each in validations)
+    kept = {0, *range(last, -1, -2), last - slim, last - slim + 1}
+    return [each for number, each in enumerate(validations) if number in kept]
 
 
 def numbers_of(readings: Sequence[Reading]) -> list[dict[str, float | None]]:

@@ -442,7 +442,8 @@ class StructuralPruning(PruningCallback):
             "decision": self._saved_decision(),
             "accuracy": dict(self._columns.values),
             "diary": self._diary.plain(),
-            "report": None if self._report is None else self._report.to_json(),
+            # without what the diary has
+            "report": None if self._report is None else replace(self._report, history=(), validations=()).to_json(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -457,7 +458,8 @@ class StructuralPruning(PruningCallback):
             self._columns.values = dict(state_dict["accuracy"])
             self._diary.restore(state_dict.get("diary", {}))
             report = state_dict["report"]
-            self._report = None if report is None else PruningReport.from_json(report)
+            known: Any = {"history": self._diary.moments, "validations": self._diary.validations}
+            self._report = None if report is None else replace(PruningReport.from_json(report), **known)
 
     def _saved_decision(self) -> dict[str, Any] | None:
         decision = self._decision

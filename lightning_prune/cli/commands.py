@@ -21,7 +21,7 @@ from lightning_prune.reports import export as export_
 from lightning_prune.reports import read_report
 from lightning_prune.reports.report import write_text
 from lightning_prune.structure import Plan, PruningPlan, choose, load_slim, prune_, save_slim, trace
-from lightning_prune.structure.slim_file import read_slim_header, read_slim_plan
+from lightning_prune.structure.slim_file import read_slim
 from lightning_prune.structure.sparsity import plan_from_json
 
 
@@ -144,8 +144,7 @@ def apply(asked: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def inspect(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     """Print what a slim file or a plan holds."""
-    found = _plan_at(asked.file)
-    header = read_slim_header(asked.file) if _is_slim(asked.file) else {}
+    found, header = _content_at(asked.file)
     if asked.json:
         values = {"layers": tables.counts(found), "signature": found.signature, "round_to": round_to_of(found)}
         values |= {name: header[name] for name in ("metadata", "versions") if name in header}
@@ -194,19 +193,21 @@ def _inputs(asked: argparse.Namespace) -> tuple[Any, ...]:
     return tuple(torch.randn(shape, generator=generator) for shape in asked.input)
 
 
-def _is_slim(path: str) -> bool:
-    return path.endswith(".safetensors")
-
-
 def _plan_at(path: str) -> Plan:
-    if _is_slim(path):
+    return _content_at(path)[0]
+
+
+def _content_at(path: str) -> tuple[Plan, dict[str, Any]]:
+    """The plan in a plan's or slim file, and what else a slim file's header has."""
+    if path.endswith(".safetensors"):
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no file {path}.")
-        return read_slim_plan(path)
+        found = read_slim(path)
+        return found.plan, found.header
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PlanError(f"{path} is no plan: it is not even text.") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no file {path}.") from error
-    return plan_from_json(text)
+    return plan_from_json(text), {}

@@ -100,7 +100,7 @@ class PruningReport:
         bytes_before: size of the dense network's weights in a file without its header; ``None`` where unknown.
         bytes_after: of the slim network's; of single weights with bitmaps and kept values alone.
         history: how the methods stood at the end of each epoch of the sparse stage.
-        validations: the metric at every validation.
+        validations: the metric at every validation; of very long runs at every second, fourth and so on.
         config: name of a callback, the trainer or an optimiser -> argument -> value, all that JSON can hold.
         commit: of the repository that the run was started in; ``None`` where there is none.
         exports: files that were made of the slim network, and how far each departs from it.

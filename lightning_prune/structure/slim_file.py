@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -101,7 +101,50 @@ def read_slim_plan(path: str | os.PathLike[str]) -> Plan:
     Raises:
         SlimFileError: where the file is damaged or not one of ours.
     """
-    return _plan_of(path, *_read(path))
+    return read_slim(path).plan
+
+
+class SlimFile(NamedTuple):
+    """What a slim file holds, read and found to be whole.
+
+    Args:
+        path: where it was.
+        header: plan, signature, versions and metadata.
+        tensors: by their names in the file.
+        plan: by which a dense model becomes the slim one.
+    """
+
+    path: str
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+    plan: Plan
+
+    def fill_(self, model: nn.Module) -> None:
+        """Turn a dense model into the slim one, see :func:`load_slim`."""
+        plan, tensors = self.plan, self.tensors
+        try:
+            if isinstance(plan, SparsityPlan):
+                check_masks(model, plan)
+                tensors = _unpacked(tensors, plan)
+            else:
+                check_fits(model, plan)
+        except (KeyError, PlanError) as error:
+            raise SlimFileError(f"{self.path} does not fit this {type(model).__name__}: {error}") from error
+        _check_tensors(self.path, _stored(model), tensors, plan.lengths())
+        prune_(model, plan)
+        with torch.no_grad():
+            for name, tensor in _stored(model).items():
+                tensor.copy_(tensors[name])
+
+
+def read_slim(path: str | os.PathLike[str]) -> SlimFile:
+    """Everything that a slim file holds, by reading it once.
+
+    Raises:
+        SlimFileError: where the file is damaged or not one of ours.
+    """
+    header, tensors = _read(path)
+    return SlimFile(os.fspath(path), header, tensors, _plan_of(path, header, tensors))
 
 
 def load_slim(path: str | os.PathLike[str], model: nn.Module) -> Plan:
@@ -119,22 +162,9 @@ def load_slim(path: str | os.PathLike[str], model: nn.Module) -> Plan:
     Raises:
         SlimFileError: where the file is damaged, foreign, or belongs to another model.
     """
-    header, tensors = _read(path)
-    plan = _plan_of(path, header, tensors)
-    try:
-        if isinstance(plan, SparsityPlan):
-            check_masks(model, plan)
-            tensors = _unpacked(tensors, plan)
-        else:
-            check_fits(model, plan)
-    except (KeyError, PlanError) as error:
-        raise SlimFileError(f"{os.fspath(path)} does not fit this {type(model).__name__}: {error}") from error
-    _check_tensors(path, _stored(model), tensors, plan.lengths())
-    prune_(model, plan)
-    with torch.no_grad():
-        for name, tensor in _stored(model).items():
-            tensor.copy_(tensors[name])
-    return plan
+    found = read_slim(path)
+    found.fill_(model)
+    return found.plan
 
 
 def _plan_of(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:

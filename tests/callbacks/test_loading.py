@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_prune.callbacks.checkpointing import load_from_checkpoint
 from lightning_prune.callbacks.loading import LoadPruned
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, SlimFileError
-from lightning_prune.structure import choose, load_slim, prune_, save_slim, trace
+from lightning_prune.structure import choose, load_slim, prune_, save_slim, slim_file, trace
 from tests.callbacks.nets import image_loader, seeded
 from tests.callbacks.nets import trainer as quiet_trainer
 from tests.callbacks.slimming import BATCHES, Picker, Task, Watch, assert_equal, weights
@@ -56,6 +56,15 @@ def test_a_run_finetunes_what_the_file_holds(file: Path, tmp_path: Path) -> None
     assert_equal(weights(task), finetuned)
     again = load_from_checkpoint(Task, tmp_path / "kept" / "last.ckpt")
     assert_equal(weights(again), finetuned)
+
+
+def test_the_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    real = slim_file.safe_open
+    monkeypatch.setattr(slim_file, "safe_open", lambda name, **rest: opened.append(name) or real(name, **rest))
+    run, task, watch = slim(file, None, EMAWeightAveraging(), max_epochs=1)
+    run.fit(task, image_loader(BATCHES))
+    assert watch.widths == [4] * BATCHES and opened == [str(file)]
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from lightning_prune.callbacks import examination, ranks
 from lightning_prune.callbacks.ascp import ASCP
 from lightning_prune.callbacks.greg import GReg1, GReg2
+from lightning_prune.callbacks.recording import MOST, Diary
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.errors import ConfigurationError, ProofError, PruningError
 from lightning_prune.reports.files import read_report
@@ -742,3 +744,22 @@ def test_command_line_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert surgery.finetune_optimizer is not None
     optimizer = surgery.finetune_optimizer([nn.Parameter(torch.zeros(1))])
     assert (type(optimizer), optimizer.param_groups[0]["lr"]) == (torch.optim.SGD, 0.02)
+
+
+def test_what_a_checkpoint_remembers_of_a_long_run_stays_small(tmp_path: Path) -> None:
+    """The report leaves to the diary what that has; of thousands of validations some hundreds are remembered."""
+    surgery = run(tmp_path, surgery=surgeon(monitor="val_acc")).surgery
+    report = surgery.report
+    assert report.validations and json.loads(surgery.state_dict()["report"])["validations"] == []
+    fresh = surgeon(monitor="val_acc")
+    fresh.load_state_dict(surgery.state_dict())
+    assert fresh.report == report
+
+    diary, trainer = Diary(), SimpleNamespace(current_epoch=0, global_step=0)
+    for number in range(9000):
+        trainer.current_epoch, trainer.global_step = number // 10, number
+        diary.note_validation(trainer, 0.5, slim=number >= 2345)
+        assert len(diary.validations) <= MOST
+    steps = [each.step for each in diary.validations]
+    assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == 8999 and len(steps) > MOST / 3
+    assert next(each.step for each in diary.validations if each.slim) == 2345 and 2344 in steps
