@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.structure.case_table import case
+from tests.structure.case_table import Head, block, case
 
 TOKENS = (3, 5, 12)
 
@@ -138,3 +138,56 @@ class GroupsByWidth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv(x)
         return self.head(F.group_norm(h, self.groups or h.shape[1] // 4, self.weight, self.bias).relu())
+
+
+class ShapedScale(nn.Module):
+    """Keeps the shape in which its scale is used."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shape = (channels, 1, 1)
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.view(self.shape)
+
+
+@case()
+class ScaledByShape(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.scale, self.b, self.head = block(3, 8), ShapedScale(8), block(8, 6), Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.scale(self.a(x))))
+
+
+@case((3, 16, 12))
+class CountTakenFromAnother(nn.Module):
+    """What a convolution makes is cut by the number of channels that it read, as in attention that looks at less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fewer = nn.Linear(12, 8), nn.Conv2d(8, 8, 2, stride=2)
+        self.norm, self.mixed, self.out = nn.LayerNorm(8), nn.Linear(8, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        batch, _, channels = x.shape
+        x = x.permute(0, 2, 1).reshape(batch, channels, 4, 4)
+        x = self.fewer(x).reshape(batch, channels, -1).permute(0, 2, 1)
+        return self.out(self.mixed(self.norm(x)).relu())
+
+
+@case((3, 6, 12))
+class KernelOfOne(nn.Module):
+    """A convolution that takes each channel by itself, over what three layers say of it."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(12, 8) for _ in range(3))
+        self.weighed, self.out = nn.Conv1d(3, 2, 1, bias=bias), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([layer(x).mean(1) for layer in (self.a, self.b, self.c)], 1)
+        return self.out(self.weighed(x).relu())

@@ -128,6 +128,6 @@ def test_the_table_is_complete() -> None:
     }
     helpers = {kind.__name__ for kind in written - entered}
     convolutions = {"StandardConv", "BatchNormConv", "ScaledConv", "StepwiseConv", "RootConv"}
-    assert helpers == {"Mlp", "Scripted", "JoinedByWidth", *convolutions}
+    assert helpers == {"Mlp", "Scripted", "JoinedByWidth", "ShapedScale", *convolutions}
     assert len(CASES) >= 180
     assert case_table.CASES is CASES
