@@ -19,7 +19,7 @@ HEADS += ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "n_kv
 HEAD_WIDTHS = ("head_dim", "dim_head", "d_head", "head_size", "attention_head_size", "dim_per_head", "head_width")
 
 #: Names under which modules keep numbers of channels, unlike those of pixels, positions, windows or classes.
-_CHANNELS = re.compile(r"dim|channel|feature|width|hidden|embe?d|inner|model|head|plane|filter|unit|chs|^c$|^d$")
+_CHANNELS = re.compile(r"dim|channel|feature|width|hidden|embe?d|inner|model|head|plane|filter|unit|chs|^c$|^dh?$")
 _OTHERS = re.compile(r"image|img|patch|window|kernel|grid|pool|stride|seq|len|class|layer|group|depth")
 
 
