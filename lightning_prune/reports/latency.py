@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,6 +20,7 @@ from lightning_prune.reports.silence import silence
 from lightning_prune.reports.wording import first_line
 from lightning_prune.structure.batches import resized
 from lightning_prune.structure.replica import arguments, quiet_room, replica, uncompiled
+from lightning_prune.structure.stopwatch import clock_of
 
 VARIANTS = ("eager", "channels_last", "compiled")
 """How a network may be run: as it is; with the memory layout that many convolutions prefer; by ``torch.compile``."""
@@ -31,7 +33,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one forward pass in evaluation mode.
+    """Time of one forward pass in evaluation mode; on one thread of the CPU that thread's own time.
 
     Args:
         median_ms: median, milliseconds per batch.
@@ -63,7 +65,8 @@ def measure_latency(
 ) -> Latency:
     """Time forward passes of a model in evaluation mode, without gradients; works on a copy, on the model's device.
 
-    What ``torch.compile`` has wrapped is timed without it, so that no compilation is counted. With
+    On one thread of the CPU only the time counts in which that thread runs, for other programs are no matter of the
+    network. What ``torch.compile`` has wrapped is timed without it, so that no compilation is counted. With
     ``variant="compiled"`` the whole copy is compiled before the clock runs, which takes up to minutes.
 
     Args:
@@ -110,7 +113,8 @@ def compare_latency(
     for model in models:
         run, (args, named) = _as_variant(variant, uncompiled(replica(model)).eval(), inputs)
         names = {"run": run, "args": args, "named": named}
-        timers.append(Timer("run(*args, **named)", globals=names, num_threads=threads))
+        own: Any = {"timer": time.thread_time} if clock_of(model) is time.thread_time else {}  # torch's waits for GPUs
+        timers.append(Timer("run(*args, **named)", globals=names, num_threads=threads, **own))
     with quiet_room(), silence(_CUDA), silence("torch._dynamo"), silence("torch._inductor"):
         once = [timer.timeit(2).mean for timer in timers]
         samples = max(_LEAST_SAMPLES, min(_SAMPLES, int(min_seconds / max(once))))
