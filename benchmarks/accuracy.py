@@ -11,8 +11,8 @@ trained once per seed and resumed by every method. Magnitude trains on densely i
 have the same number of epochs. ``--minutes`` stops at the end of an epoch; checkpoints lie under ``--out``, and the
 next call goes on from there. Results lie under ``--results``, in ``--out`` by default; from
 ``benchmarks/results/accuracy/PRESET`` the page ``docs/benchmarks.md`` is made. Columns are last epochs, never the best:
-dense, masked network just before surgery, right after it, finetuned; multiply-adds by fvcore. ``--root`` holds
-``cifar-10-batches-py`` or ``cifar-100-python``.
+dense, before surgery, right after it (which is what the masked network has), finetuned; multiply-adds by fvcore.
+``--root`` holds ``cifar-10-batches-py`` or ``cifar-100-python``.
 
 The dense network is kept as ``dense-SEED.safetensors``; ``--dense FILE`` begins the runs with such a file instead of a
 dense stage. On a GPU data and augmentation are there too; ``--compile`` compiles the network, and again after surgery.
