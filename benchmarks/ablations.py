@@ -43,7 +43,7 @@ from lightning_prune import StructuralPruning
 
 RESULTS = Path(__file__).parent / "results" / "ablations"
 RATIOS = {"digits": 0.85, "cpu": 0.75}
-SEEDS = {"digits": (0, 1, 2, 3, 4), "cpu": (0, 1, 2)}
+SEEDS = (0, 1, 2)
 SAMPLES = 1024
 
 
@@ -124,6 +124,11 @@ def run(asked: argparse.Namespace, preset: Preset, stage: Stage, name: str, seed
     return True
 
 
+def seeds_of(asked: argparse.Namespace) -> Sequence[int]:
+    """Those on the command line, or the preset's."""
+    return tuple(asked.seeds or SEEDS)
+
+
 def short(name: str) -> str:
     """A name for a file."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
@@ -133,7 +138,7 @@ def collect(asked: argparse.Namespace, preset: Preset) -> None:
     """Join the results into the file that the page is made from."""
     rows = [json.loads(path.read_text()) for path in sorted(asked.out.glob("*.json"))]
     order = list(VARIANTS)
-    rows = [row for row in rows if row["variant"] in order]
+    rows = [row for row in rows if row["variant"] in order and row["seed"] in seeds_of(asked)]
     rows.sort(key=lambda row: (order.index(row["variant"]), row["seed"]))
     whole = {
         "preset": asked.preset,
@@ -171,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     preset = replace(PRESETS[asked.preset], epochs=tuple(asked.epochs or PRESETS[asked.preset].epochs))
     stage = stage_of(asked, preset)
     names = dict.fromkeys(name for key in asked.only for name in ABLATIONS[key].variants)
-    left = [(seed, name) for seed in asked.seeds or SEEDS[asked.preset] for name in names]
+    left = [(seed, name) for seed in seeds_of(asked) for name in names]
     for seed, name in left:
         if time.monotonic() > asked.deadline or not run(asked, preset, stage, name, seed):
             break

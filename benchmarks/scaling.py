@@ -57,7 +57,7 @@ FAMILIES = {
     "ViT": ("vit_b_16", "vit_l_16"),
 }
 MODELS = tuple(name for family in FAMILIES.values() for name in family)
-TINY = {"tiny8": 8, "tiny16": 16}
+TINY = {"tiny8": 8}
 RANKS = (1, 2, 4)
 STEPS, REPEATS = 5, 3
 QUANTITIES = ("trace", "proof", "surgery", "penalty: GReg1", "penalty: TPP", "penalty: MaskSparsity", "clusters: ASCP")

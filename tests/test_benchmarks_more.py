@@ -19,6 +19,7 @@ from benchmarks.pages import ablations as choices
 from benchmarks.pages import scaling as growth
 from benchmarks.variants import ABLATIONS, VARIANTS, ScaleL1, SoftNorm, Stage
 from lightning_prune import GReg1, Magnitude
+from lightning_prune.callbacks import structural
 
 STAGE = Stage(start=1, epochs=4, steps=2, ratio=0.5, rate=0.05, weight_decay=0.0)
 FEW = {"few": 128, "root": ""}
@@ -165,9 +166,22 @@ def test_only_what_is_beyond_one_deviation_counts(tmp_path: Path) -> None:
     assert "- Right after, beyond one deviation: `TPP, gram=0` (-10.0 against TPP)." in text
 
 
-def test_a_miniature_of_growth_has_every_quantity(tmp_path: Path) -> None:
+def in_this_process(*arguments: str) -> str:
+    """What a process of its own would say."""
+    job, first, *rest = arguments
+    if job == "model":
+        return json.dumps(scaling.measure(first))
+    scaling.live(int(first), Path(rest[0]))
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore")  # so does the script
+def test_a_miniature_of_growth_has_every_quantity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "child", in_this_process)
+    monkeypatch.setattr(scaling, "REPEATS", 1)
+    monkeypatch.setattr(structural, "operate_", structural.operate_)  # a clock is put around it
     out = tmp_path / "scaling.json"
-    scaling.main(["--models", "tiny8", "--ranks", "2", "--out", str(out), "--images", str(tmp_path)])
+    scaling.main(["--models", "tiny8", "--ranks", "1", "--out", str(out), "--images", str(tmp_path)])
     whole = json.loads(out.read_text())
     assert [row["quantity"] for row in whole["rows"]] == list(scaling.QUANTITIES)
     assert {row["model"] for row in whole["rows"]} == {"tiny8"}
