@@ -252,17 +252,12 @@ def _proof(report: PruningReport) -> str:
 
 
 def _exports(report: PruningReport) -> str:
-    if not report.exports:
-        return ""
-    rows = [
-        (each.file, each.kind, size(each.size), f"{each.error:.1e}", " and ".join(map(str, each.batches)))
+    return "".join(
+        f"<p><b>{escape(each.file)}</b>: {escape(each.kind)}, {size(each.size)}, departs by {each.error:.1e} of the"
+        f" network's largest output at batch {' and '.join(map(str, each.batches))}; allowed was {each.tolerance:.1e}."
+        "</p>"
         for each in report.exports
-    ]
-    note = (
-        "departs: largest difference from the network's outputs, relative to the largest, at these numbers of samples"
     )
-    table = _table(("file", "format", "size", "departs", "batches"), rows, names=2)
-    return f'{table}<p class="note">{escape(note)}.</p>'
 
 
 def _origin(report: PruningReport) -> str:

@@ -118,8 +118,11 @@ def clocked(batch: int, variant: str) -> str:
 def advice(found: Iterable[tuple[int, str]]) -> str:
     """Which variant is the fastest at which batch size, in one sentence; empty where there was no choice.
 
-    >>> advice([(1, "eager"), (64, "compiled")])
-    'Fastest slim network: eager at batch 1, compiled at batch 64.'
+    >>> advice([(1, "eager"), (64, "compiled"), (128, "compiled")])
+    'Fastest slim network: eager at batch 1, compiled at batch 64 and 128.'
     """
-    places = ", ".join(f"{variant} at batch {batch}" for batch, variant in found)
+    batches: dict[str, list[str]] = {}
+    for batch, variant in found:
+        batches.setdefault(variant, []).append(str(batch))
+    places = ", ".join(f"{variant} at batch {' and '.join(each)}" for variant, each in batches.items())
     return f"Fastest slim network: {places}." if places else ""
