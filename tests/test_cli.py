@@ -322,6 +322,8 @@ def test_a_budget_is_previewed(module: str, capsys: pytest.CaptureFixture[str]) 
     flat = ["--model", "torch.nn.Linear", "--model-args", '{"in_features": 4, "out_features": 2}', "--input", "2,4"]
     assert main(["plan", *flat, *variants]) == 0
     assert "Latency of the channels_last network could not be measured" in capsys.readouterr().out
+    assert main(["plan", *model[:-1], *variants]) == 0
+    assert "Fastest slim network: " in capsys.readouterr().out
     assert 0.45 < seen["cost_after"]["macs"] / seen["cost_before"]["macs"] <= 0.5
     assert {row["after"] % 4 for row in seen["rows"]} == {0}
     flags = ["--trainer.callbacks+=GReg1", "--trainer.callbacks.epochs=3", "--trainer.callbacks.budget.params=0.6"]

@@ -14,7 +14,8 @@ from rich.table import Table
 from lightning_prune.cli.preview import Preview, Stage, round_to_of
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports import PruningReport, surgery_table
-from lightning_prune.reports.wording import clocked, count, percent
+from lightning_prune.reports.latency import fastest
+from lightning_prune.reports.wording import advice, clocked, count, percent
 from lightning_prune.structure import Plan, SparsityPlan
 
 _NAMED = 2
@@ -28,7 +29,8 @@ def show(console: Console, preview: Preview) -> None:
     console.print()
     console.print(_costs(preview))
     _show_multiple(console, preview.plan)
-    for sentence in preview.missing:
+    best = advice((each.batch, each.variant) for each in fastest(preview.latency_after))
+    for sentence in filter(None, (best, *preview.missing)):
         console.print(escape(sentence), highlight=False)
     if preview.stages:
         console.print()

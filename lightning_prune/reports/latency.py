@@ -158,6 +158,24 @@ def race(
     return tuple(before), tuple(after), tuple(missing)
 
 
+def fastest(taken: Sequence[Latency]) -> tuple[Latency, ...]:
+    """One latency per batch size at which several variants were measured.
+
+    It is that of the plainest variant whose median is no more than an interquartile range above the least.
+
+    >>> taken = [Latency(ms, 0.1, 1, "cpu", 1, 40, name) for ms, name in ((2.0, "eager"), (1.0, "compiled"))]
+    >>> [latency.variant for latency in fastest(taken)], fastest(taken[:1])
+    (['compiled'], ())
+    """
+    found = []
+    for batch in dict.fromkeys(latency.batch for latency in taken):
+        own = [latency for latency in taken if latency.batch == batch]
+        best = min(own, key=lambda latency: latency.median_ms)
+        near = (each for each in own if each.median_ms <= best.median_ms + best.iqr_ms)
+        found += [min(near, key=lambda latency: VARIANTS.index(latency.variant))] if len(own) > 1 else []
+    return tuple(found)
+
+
 def _as_variant(variant: str, network: nn.Module, inputs: Inputs) -> tuple[Any, Inputs]:
     """What to call, and with what."""
     if variant == "channels_last":

@@ -14,7 +14,7 @@ from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports.cost import Cost
 from lightning_prune.reports.exported import Export
 from lightning_prune.reports.history import Moment, Validation, finite
-from lightning_prune.reports.latency import VARIANTS, Latency
+from lightning_prune.reports.latency import Latency, fastest
 from lightning_prune.structure.budget import Outcome
 from lightning_prune.structure.drafts import draft_of
 
@@ -168,15 +168,9 @@ class PruningReport:
     def fastest(self) -> tuple[Latency, ...]:
         """How to run the slim network: one latency per batch size, where several variants were measured.
 
-        It is that of the plainest variant whose median is no more than an interquartile range above the least.
+        See :func:`~lightning_prune.reports.latency.fastest`.
         """
-        found = []
-        for batch in dict.fromkeys(latency.batch for latency in self.latency_after):
-            own = [latency for latency in self.latency_after if latency.batch == batch]
-            best = min(own, key=lambda latency: latency.median_ms)
-            near = (each for each in own if each.median_ms <= best.median_ms + best.iqr_ms)
-            found += [min(near, key=lambda latency: VARIANTS.index(latency.variant))] if len(own) > 1 else []
-        return tuple(found)
+        return fastest(self.latency_after)
 
     def to_json(self) -> str:
         """Sorted, indented, with a format number and the units."""
