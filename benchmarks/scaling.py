@@ -59,7 +59,7 @@ FAMILIES = {
 MODELS = tuple(name for family in FAMILIES.values() for name in family)
 TINY = {"tiny8": 8}
 RANKS = (1, 2, 4)
-STEPS, REPEATS = 5, 3
+STEPS, REPEATS = 3, 3
 QUANTITIES = ("trace", "proof", "surgery", "penalty: GReg1", "penalty: TPP", "penalty: MaskSparsity", "clusters: ASCP")
 STAGES = {
     "pick": "pick, agreed on",
@@ -296,29 +296,36 @@ def plot(whole: dict[str, Any], folder: Path = IMAGES) -> None:
             _panel(place, whole["rows"], quantity)
         axes[len(QUANTITIES)].axis("off")
         axes[len(QUANTITIES)].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="center")
-        figure.supxlabel("parameters")
+        figure.supxlabel("millions of parameters")
         figure.supylabel("processor seconds")
         figure.savefig(folder / "scaling.svg", metadata={"Date": None, "Creator": None})
-        figure = Figure(figsize=(4.8, 3.2), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         place = figure.subplots()
         for stage, label in STAGES.items():
             own = [(row["ranks"], row["processor"]) for row in whole["ranks"] if row["stage"] == stage]
             place.plot(*zip(*own, strict=True), marker="o", label=label) if own else None
         place.set(xlabel="ranks", ylabel="processor seconds of a rank", yscale="log", xticks=RANKS)
-        place.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside right center")
         figure.savefig(folder / "scaling_ranks.svg", metadata={"Date": None, "Creator": None})
 
 
 def _panel(place: Any, rows: Sequence[dict[str, Any]], quantity: str) -> None:
-    known = points(rows, quantity, MODELS, "parameters")
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    known = [(x / 1e6, y) for x, y in points(rows, quantity, MODELS, "parameters")]
     for marker, (family, names) in zip("os^", FAMILIES.items(), strict=True):
-        own = points(rows, quantity, names, "parameters")
-        place.plot([x for x, _ in own], [y for _, y in own], marker, label=family, markersize=4)
+        own = [(x / 1e6, y) for x, y in points(rows, quantity, names, "parameters")]
+        if own:
+            place.plot([x for x, _ in own], [y for _, y in own], marker, label=family, markersize=4)
     if len(known) > 1:
         middle = math.exp(sum(math.log(y / x) for x, y in known) / len(known))
         ends = [min(x for x, _ in known), max(x for x, _ in known)]
         place.plot(ends, [middle * x for x in ends], color="0.6", linewidth=1, label="as the parameters")
         place.set(xscale="log", yscale="log")
+        for axis in (place.xaxis, place.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.set_minor_formatter(NullFormatter())
     place.set_title(quantity)
 
 

@@ -306,7 +306,8 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "bias": Ablation(
         "`penalize_bias` and `fold_constant`",
-        "What of the constant that a channel of scale zero still emits?",
+        "What of the constant that a channel of scale zero still emits? Padded layers can't take it up, and this "
+        "network has no others: there is nothing to fold.",
         *_against(
             *("MaskSparsity", "MaskSparsity, fold_constant=True", "MaskSparsity, penalize_bias=False"),
             "MaskSparsity, penalize_bias=False, fold_constant=True",

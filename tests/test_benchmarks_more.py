@@ -61,7 +61,7 @@ def test_a_miniature_of_the_ablations_is_done_once_and_joined(tmp_path: Path) ->
     ablations.main(arguments)
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
     text = "\n".join(choices.SECTION.lines(tmp_path))
-    assert "1 + 2 + 1 epochs, 85% of the inner channels, 128 images" in text
+    assert "1 + 2 + 1 epochs, 85% of the inner channels removed, 128 images" in text
     assert "With 1 of 1 seeds all plans were the same." in text
 
 
@@ -162,7 +162,7 @@ def test_only_what_is_beyond_one_deviation_counts(tmp_path: Path) -> None:
     whole = {"preset": "cpu", "epochs": [6, 6, 6], "ratio": 0.75, "few": None, "machine": machine, "threads": 2}
     text = choices.body([{**whole, "rows": found}])
     assert "| TPP | 3 | 25.0% | 90.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 0.0 | 92.0 ± 2.0 |" in text
-    assert "6 + 6 + 6 epochs, 75% of the inner channels; X, 2 threads; torch 2.15.0." in text
+    assert "6 + 6 + 6 epochs, 75% of the inner channels removed; X, 2 threads; torch 2.15.0." in text
     assert "- Right after, beyond one deviation: `TPP, gram=0` (-10.0 against TPP)." in text
 
 

@@ -83,7 +83,9 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
         for other, change, default in beyond(rows, ablation, "finetuned")
         if change > 0
     ]
-    return f"Finetuned, beaten beyond one deviation: {', '.join(dict.fromkeys(beaten)) or 'none'}."
+    pairs = {pair for ablation in ABLATIONS.values() for pair in ablation.against.items()}
+    found = ", ".join(dict.fromkeys(beaten)) or "none"
+    return f"Of {len(pairs)} comparisons, finetuned and beaten beyond one deviation: {found}."
 
 
 def body(found: Sequence[Any]) -> list[str]:
@@ -91,7 +93,9 @@ def body(found: Sequence[Any]) -> list[str]:
     text: list[str] = []
     for whole in sorted(found, key=lambda each: list(TITLES).index(each["preset"])):
         few = f", {whole['few']} images" if whole["few"] else ""
-        setting = f"{' + '.join(map(str, whole['epochs']))} epochs, {whole['ratio']:.0%} of the inner channels{few}"
+        setting = (
+            f"{' + '.join(map(str, whole['epochs']))} epochs, {whole['ratio']:.0%} of the inner channels removed{few}"
+        )
         text += [f"### {whole['preset']}", "", TITLES[whole["preset"]], ""]
         text += [f"{setting}; {on(whole['machine'], _threads(whole['threads']))}", "", verdict(whole["rows"]), ""]
         for ablation in ABLATIONS.values():

@@ -57,7 +57,9 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[str]:
         by = {size: faster(columns[label, size]) for size in SIZES}
         said = ", ".join(f"{quantity} ({b:.2f})" for quantity, b in by["parameters"].items()) or "nothing"
         both = ", ".join(quantity for quantity in by["parameters"] if quantity in by["layers"]) or "nothing"
-        text.append(f"- {label[0].upper()}{label[1:]}: faster than the parameters grows {said}; faster than both sizes, {both}.")
+        text.append(
+            f"- {label[0].upper()}{label[1:]}: faster than the parameters grows {said}; faster than both sizes, {both}."
+        )
     return text
 
 
