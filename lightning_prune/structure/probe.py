@@ -256,7 +256,7 @@ class Prober(TorchDispatchMode):
 
     def _computed(self, func: Any, args: Any, kwargs: Any, record: Record) -> Any:
         """The result of an operator; where the values of its channels are of no interest, only its shape."""
-        plain = isinstance(func, torch._ops.OpOverload)
+        plain = isinstance(func, torch._ops.OpOverload) and not func.is_view  # a view is of its tensor's own kind
         if self.dense is None or not plain or not self._changing_along((*record.inputs, *record.outputs)):
             return compute(func, args, kwargs)
         try:

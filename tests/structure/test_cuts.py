@@ -110,3 +110,28 @@ def test_networks_that_choose_by_value_shrink_too() -> None:
     assert sorted(graph.pinned) == ["head", "score"]
     plan = choose(graph)
     assert judge(Looking, lambda model: prune_(model, plan), IMAGES).left < 0.6
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(3, 12, 3), nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * self.scale.view(1, -1, 1, 1)
+
+
+class LookingAtScaled(Looking):
+    """A view of a parameter, in a network that looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = Scaled()
+
+
+def test_views_of_parameters_in_networks_that_choose_by_value() -> None:
+    torch.manual_seed(0)
+    graph = trace(LookingAtScaled(), IMAGES)
+    assert sorted(graph.pinned) == ["head", "score"]
+    plan = choose(graph)
+    assert judge(LookingAtScaled, lambda model: prune_(model, plan), IMAGES).left < 0.6
