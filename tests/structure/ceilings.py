@@ -64,7 +64,7 @@ CEILINGS = {
     "timm/dpn48b": 0.275,
     "timm/edgenext_xx_small": 0.393,
     "timm/efficientformer_l1": 0.270,
-    "timm/efficientformerv2_s0": 0.385,
+    "timm/efficientformerv2_s0": 0.287,
     "timm/test_efficientnet": 0.437,
     "timm/efficientnet_lite0": 0.332,
     "timm/tf_efficientnetv2_b0": 0.302,
