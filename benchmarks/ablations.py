@@ -36,7 +36,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim.swa_utils import update_bn
 
-from benchmarks.accuracy import PRESETS, Images, Preset, fit
+from benchmarks.accuracy import PRESETS, Preset, fit
+from benchmarks.images import Images
 from benchmarks.machine import machine
 from benchmarks.variants import ABLATIONS, VARIANTS, Stage
 from lightning_prune import StructuralPruning
@@ -136,7 +137,8 @@ def short(name: str) -> str:
 
 def collect(asked: argparse.Namespace, preset: Preset) -> None:
     """Join the results into the file that the page is made from."""
-    rows = [json.loads(path.read_text()) for path in sorted(asked.out.glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(asked.out.glob("*.json"))]
+    rows = [{key: value for key, value in row.items() if key != "layers"} for row in found]
     order = list(VARIANTS)
     rows = [row for row in rows if row["variant"] in order and row["seed"] in seeds_of(asked)]
     rows.sort(key=lambda row: (order.index(row["variant"]), row["seed"]))

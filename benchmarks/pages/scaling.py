@@ -79,6 +79,8 @@ def body(found: Sequence[Any]) -> list[str]:
     """Tables and pictures."""
     whole = found[0]
     text = [on(whole["machine"], "1 thread"), "", *costs(whole["rows"]), "", *growth(whole["rows"])]
+    missing = [name for name in MODELS if all(row["model"] != name for row in whole["rows"])]
+    text += [f"- Not measured yet: {', '.join(missing)}."] if missing else []
     text += ["", "![Seconds against parameters](images/scaling.svg)", "", *WHY]
     if whole["ranks"]:
         text += ["", "On several ranks, an 8-layer residual network of width 16 under DDP over gloo:", ""]
@@ -91,7 +93,11 @@ WHY = (
     "- MaskSparsity's penalty works on the norms of inner layers alone: one in a block of ResNet-18 and 34, two in a "
     "block of the deeper ones. It is the cheapest of all.",
     "- ASCP and TPP multiply filters with filters: per weight as many products as the layer has channels (of TPP: as "
-    "many as go). In deeper networks of the same widths that is constant; wider layers pay for it.",
+    "many as go). In deeper networks of the same widths that is constant. The layers of VGG's head have 4096 channels: "
+    "most of its seconds are theirs, and there these two do grow faster than the parameters, for that is the method.",
+    "- A penalty's gradients and what surgery leaves are new tensors. Those of VGG's head are so large that C's library "
+    "takes their memory from the system anew each time, page by page; a product into such a tensor takes several times "
+    "as long as one into memory that is there already.",
     "- Surgery under DDP is mostly Python's collection of garbage: the old wrapper has to be gone before the new one "
     "comes. That is paid once in a run, whatever the number of ranks.",
 )
