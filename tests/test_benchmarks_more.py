@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import time
 from dataclasses import replace
@@ -26,10 +27,13 @@ FEW = {"few": 128, "root": ""}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
+def _as_before() -> Any:
+    """The scripts choose the number of threads and silence Lightning."""
+    threads, log = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
+    level = log.level
     yield
     torch.set_num_threads(threads)
+    log.setLevel(level)
 
 
 def test_every_variant_is_compared_with_another() -> None:
