@@ -96,8 +96,8 @@ WHY = (
     "many as go). In deeper networks of the same widths that is constant. The layers of VGG's head have 4096 channels: "
     "most of its seconds are theirs, and there these two do grow faster than the parameters, for that is the method.",
     "- A penalty's gradients and what surgery leaves are new tensors. Those of VGG's head are so large that the C "
-    "library takes their memory from the system anew each time, page by page; a product into such a tensor takes several "
-    "times as long as one into memory that is there already.",
+    "library takes their memory from the system anew each time, page by page; a product into one takes several "
+    "times as long as into memory that is there already.",
     "- Surgery under DDP is mostly Python's collection of garbage: the old wrapper has to be gone before the new one "
     "comes. That is paid once in a run, whatever the number of ranks.",
 )
