@@ -157,14 +157,18 @@ class Knowledge:
         """Pin these labels as soon as somebody reads the tensor, which has mixed them; if nobody does, never."""
         self._debts.setdefault(id(tensor), []).append((weakref.ref(tensor), debt))
 
-    def settle(self, tensor: Tensor, beside: Sequence[Tensor] = (), results: Sequence[Tensor] = ()) -> None:
+    def settle(self, tensor: Tensor, beside: Sequence[Tensor] = (), results: Sequence[Tensor] = ()) -> bool:
         """Pin what is owed for a tensor that is read.
 
         Args:
             tensor: that is read.
             beside: weights that meet it position by position: a statistic meets its own, which is renormalised.
             results: what is made of it and owes as much, where that is to be followed.
+
+        Returns:
+            Whether it is a statistic that has met its own weight.
         """
+        met = False
         for reference, debt in self._debts.pop(id(tensor), ()):
             if reference() is not tensor:
                 continue
@@ -172,12 +176,14 @@ class Knowledge:
                 self.owe(tensor, debt)
             if debt.by_others and any(self._runs_along(other, debt.labels) for other in beside):
                 self.note_renormalised(debt.labels)
+                met = True
             elif debt.by_others and results:
                 for result in results:
                     if result is not tensor:
                         self.owe(result, debt)
             else:
                 self.labels.pin(debt.labels, debt.reason)
+        return met
 
     def settle_live(self) -> None:
         """Pin what is owed for tensors that somebody still holds."""

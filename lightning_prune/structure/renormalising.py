@@ -1,9 +1,10 @@
 """Statistics over what stays: how a masked network runs norms over channels, and weights that are standardised.
 
-A norm over channels is known by its scale. An average of activations is taken over those channels that a plan keeps, of
-the groups that it names, where all others are zero. A standardised weight is followed from the parameter on, through
-layout and arithmetic position by position, and is zero all the way wherever its plan keeps nothing; a mean, a deviation
-or a batch norm over it takes what is left alone.
+A norm over channels is known by its scale, or by what has been made of that (``1 + weight``). An average of
+activations is taken over those channels that a plan keeps, of the groups that it names, where all others are zero. A
+standardised weight is followed from the parameter on, through layout and arithmetic position by position. A mean, a
+deviation or a batch norm over it takes what is left alone, and where that meets the weight, the result is zero
+wherever the plan keeps nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def meetings(call: Call, rule: Rule) -> tuple[list[Tensor], list[Tensor]]:
     return call.inputs if _by_position(rule) else [], call.outputs if followed else []
 
 
+def standardises(rule: Rule, met: bool) -> bool:
+    """Whether an operator over a weight combines it with statistics of its own; ``met``: one is among what it reads."""
+    return met or rule is normalisation.batch_norm
+
+
 def _moves(rule: Rule) -> bool:
     return rule.__module__ == layout.__name__
 
@@ -54,9 +60,10 @@ class Renormalising:
     """
 
     def __init__(self, plan: PruningPlan, tensors: Mapping[str, Tensor]) -> None:
-        self._channels: dict[int, Tensor] = {}
         #: tensor -> which of its positions stay, of the same shape
         self._stays: Any = WeakIdKeyDictionary()
+        #: statistics of these, and what has been made of them alone
+        self._statistics: Any = WeakIdKeyDictionary()
         #: length of a dim -> which of its channels may stay, fewest first
         self._choices: dict[int, list[Tensor]] = {}
         for name in plan.renormalised:
@@ -69,43 +76,56 @@ class Renormalising:
                     stays.index_fill_(dim, (~line).nonzero().flatten(), False)
                     self._choices.setdefault(len(line), []).append(line)
             self._stays[tensor] = stays
-            if tensor.dim() == 1:
-                self._channels[id(tensor)] = stays.nonzero().flatten()
         for lines in self._choices.values():
             lines.sort(key=lambda line: int(line.sum()))
 
     def run(self, func: Any, name: str, rule: Rule, args: Any, kwargs: Any) -> Any:
         """The result of an operator, over what stays where statistics are taken."""
         scale = args[2] if name in NORMS and len(args) > 2 else None
-        if scale is not None and id(scale) in self._channels:
-            return _over_kept(func, name, args, kwargs, self._channels[id(scale)])
+        if scale is not None and scale in self._stays:
+            return _over_kept(func, name, args, kwargs, self._stays[scale].nonzero().flatten())
         if rule is reduction.statistic:
             dims = kwargs.get("dim", args[1] if len(args) > 1 and not isinstance(args[1], bool) else None)
-            return func(self._gathered(args[0], several(dims, args[0].dim())), *args[1:], **kwargs)
-        if not any(tensor in self._stays for tensor in tensors_in((args, kwargs))):
-            return func(*args, **kwargs)
+            result = func(self._gathered(args[0], several(dims, args[0].dim())), *args[1:], **kwargs)
+            if args[0] in self._stays or args[0] in self._statistics:
+                self._note_statistics(result)
+            return result
+        operands = list(tensors_in((args, kwargs)))
+        met = any(tensor in self._statistics for tensor in operands)
+        if not any(tensor in self._stays for tensor in operands):
+            result = func(*args, **kwargs)
+            if met and carries(name, rule):
+                self._note_statistics(result)
+            return result
         if rule is normalisation.batch_norm and args[0] in self._stays:
             result = self._batch_norm(func, *args, **kwargs)
             self._stays[result] = self._stays[args[0]]
             return result
         result = func(*args, **kwargs)
         if carries(name, rule):
-            self._carry(func, rule, args, kwargs, result)
+            self._carry(func, rule, args, kwargs, result, met)
         return result
 
-    def _carry(self, func: Any, rule: Rule, args: Any, kwargs: Any, result: Any) -> None:
+    def _note_statistics(self, result: Any) -> None:
+        for tensor in tensors_in(result):
+            self._statistics[tensor] = True
+
+    def _carry(self, func: Any, rule: Rule, args: Any, kwargs: Any, result: Any, met: bool) -> None:
         """What an operator moves is moved along; of what it combines stays what all of them keep."""
         if _moves(rule):
             moved = func(*pytree.tree_map(self._known, args), **kwargs)
             for tensor, stays in zip(tensors_in(result), tensors_in(moved), strict=True):
                 self._stays[tensor] = stays
+            if met:  # `expand_as` reads the weight only for its shape
+                self._note_statistics(result)
             return
         for tensor in tensors_in(result):
             stays = tensor.new_ones(tensor.shape, dtype=torch.bool)
             for operand in tensors_in((args, kwargs)):
                 stays = stays & self._known(operand)
             self._stays[tensor] = stays
-            tensor.masked_fill_(~stays, 0)
+            if standardises(rule, met):
+                tensor.masked_fill_(~stays, 0)
 
     def _known(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

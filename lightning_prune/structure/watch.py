@@ -23,7 +23,7 @@ from lightning_prune.structure.call import Call, Rule, tensors_in
 from lightning_prune.structure.knowledge import Knowledge, Record
 from lightning_prune.structure.labels import Axes
 from lightning_prune.structure.plan import named_tensors, plain_name
-from lightning_prune.structure.renormalising import carries, meetings
+from lightning_prune.structure.renormalising import carries, meetings, standardises
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.rules import RULES, pointwise
 from lightning_prune.structure.shapes import foretell
@@ -101,15 +101,14 @@ class Watcher(TorchDispatchMode):
         from_data = any(self.known.from_data(tensor) for tensor in call.inputs)
         is_weight = not from_data and carries(call.name, rule) and any(map(self.known.is_weight, call.inputs))
         beside, results = ([], []) if from_data else meetings(call, rule)
-        for tensor in call.inputs:
-            self.known.settle(tensor, beside, results)
+        met = [self.known.settle(tensor, beside, results) for tensor in call.inputs]
         read = tuple(call.axes(tensor) for tensor in call.inputs)
         if from_data and not call.outputs and self._after_branch is None:
             self._after_branch = self.known.live()
         self.known.labels.place = call.name, self.known.module
         axes = rule(call)
         written = axes if isinstance(axes, list) else [axes] * len(call.outputs)
-        if is_weight:
+        if is_weight and standardises(rule, any(met)):
             written = [self.known.restored(new) for new in written]
         for tensor, new in zip(call.outputs, written, strict=True):
             self.known.remember(tensor, new, from_data, is_weight)

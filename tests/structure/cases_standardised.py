@@ -1,4 +1,4 @@
-"""Hard cases: convolutions that standardise their filters, each in its author's words."""
+"""Hard cases: filters that are standardised, each in its author's words, and norms whose scale is made of a weight."""
 
 from __future__ import annotations
 
@@ -96,3 +96,27 @@ class StandardisedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).sigmoid()
         return self.head(x + self.outer(self.depthwise(self.inner(x).sigmoid()).sigmoid()))
+
+
+NORMS = {
+    "layer": lambda x, scale, shift: F.layer_norm(x, scale.shape, scale, shift),
+    "rms": lambda x, scale, shift: F.rms_norm(x, scale.shape, scale) + shift,
+    "group": lambda x, scale, shift: F.group_norm(x.transpose(1, 2), 2, scale, shift).transpose(1, 2),
+}
+
+
+@case((3, 5, 12), name="ScaleFromOneLayerNorm", norm="layer")
+@case((3, 5, 12), name="ScaleFromOneRMSNorm", norm="rms")
+@case((3, 5, 12), name="ScaleFromOneGroupNorm", norm="group")
+class ScaleFromOne(nn.Module):
+    """A norm that is multiplied with one more than its weight."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.norm = NORMS[norm]
+        self.a, self.b, self.c = nn.Linear(12, 16), nn.Linear(16, 10), nn.Linear(10, 4)
+        self.scale, self.shift = nn.Parameter(torch.zeros(16)), nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.a(x), 1 + self.scale, self.shift)
+        return self.c(self.b(x).sigmoid())

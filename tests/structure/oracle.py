@@ -244,7 +244,8 @@ class KeptNorms(TorchFunctionMode):
             shape, index = self.kept[id(weight)]
             mask = math.prod(lines(shape, index), start=torch.ones(shape, dtype=torch.float64))
         if kind == "rms":
-            assert mask is not None and len(mask) == value.shape[-1]
+            mask = match(value, slim, [value.dim() - 1]).reshape(-1) if mask is None else mask
+            assert len(mask) == value.shape[-1]
             eps = torch.finfo(value.dtype).eps if eps is None else eps
             squares = (value.square() * mask).sum(-1, keepdim=True) / mask.sum()
             return value / (squares + eps).sqrt() * weight

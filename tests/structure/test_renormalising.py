@@ -232,3 +232,61 @@ def test_single_positions_are_tried_in_pairs() -> None:
     """A batch norm refuses to standardise a single weight; a trial must not ask for that."""
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), BatchNormConv(3, 6, 1), nn.ReLU(), Pooled(6))
     assert set(trace(model, IMAGES).pinned) == {"4.fc"}
+
+
+class Adapted(nn.Module):
+    """A weight beside one of low rank, standardised together; the sum is taken either way round."""
+
+    def __init__(self, weight_first: bool) -> None:
+        super().__init__()
+        self.weight_first = weight_first
+        self.a, self.c = nn.Linear(4, 8), nn.Linear(6, 5)
+        self.up, self.down, self.w = (nn.Parameter(torch.randn(shape)) for shape in ((6, 2), (2, 8), (6, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.up @ self.down
+        weight = self.w + low if self.weight_first else low + self.w
+        return self.c(F.linear(self.a(x).sigmoid(), F.batch_norm(weight[None], None, None, training=True)[0]))
+
+
+@pytest.mark.parametrize("weight_first", [True, False])
+def test_a_weight_is_known_whatever_it_is_added_to(weight_first: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs = Adapted(weight_first), torch.randn(3, 4)
+    plan = choose(trace(model, inputs), 0.5, renormalise=True, scope="all")
+    assert plan.renormalised == ("w",) and plan.kept["down", 1] == plan.kept["w", 1] == plan.kept["a.weight", 0]
+    assert prove(model, plan, inputs).error < 1e-12
+
+
+class Counting(nn.Module):
+    """A centred parameter, and beside it a sum of what that is at zero: it tells how many channels there are."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.made = made
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 5)
+        self.shift = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = self.shift - self.shift.mean()
+        return self.b(self.a(x) + centred) * self.made(centred)
+
+
+def test_a_standardised_weight_is_no_licence_to_count_channels() -> None:
+    assert "are taken together (sum" in trace(Counting(lambda w: w.cos().sum()), torch.randn(3, 4)).pinned["a"]
+    model, inputs = Counting(lambda w: w.square().sum()), torch.randn(3, 4)
+    plan = choose(trace(model, inputs), 0.5, renormalise=True)
+    assert plan.widths() == {"a": (8, 4)} and prove(model, plan, inputs).error < 1e-12
+
+
+def test_a_scale_that_is_no_weight_holds_its_channels() -> None:
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.scale = nn.Linear(4, 8), nn.Linear(8, 5), nn.Linear(3, 8)
+            self.code = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.layer_norm(self.a(x), (8,), self.scale(self.code)))
+
+    assert "under a scale that is no weight" in trace(Made(), torch.randn(3, 4)).pinned["a"]

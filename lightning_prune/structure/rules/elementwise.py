@@ -12,7 +12,12 @@ FIXED_PARTNER = "are combined one by one with positions that are fixed"
 
 
 def broadcast(call: Call, tensors: list[Tensor], shape: tuple[int, ...]) -> list[tuple[Axis | None, list[Axis | None]]]:
-    """Align the operands' dims from the right; a dim's axis and the axes of the operands that run along it."""
+    """Align the operands' dims from the right; a dim's axis and the axes of the operands that run along it.
+
+    What is made of weights and of other tensors of the model's goes by the names of the weights.
+    """
+    if not any(map(call.known.from_data, tensors)):
+        tensors = sorted(tensors, key=lambda tensor: not call.known.is_weight(tensor))
     known = [call.axes(tensor) for tensor in tensors]
     out = []
     for back in range(len(shape), 0, -1):

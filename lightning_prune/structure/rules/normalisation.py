@@ -33,8 +33,10 @@ def _averaged(call: Call, axes: Sequence[Axis | None]) -> None:
 def _renormalised(call: Call, scale: Tensor) -> None:
     """Statistics are taken over the channels that stay, those of the norm's scale."""
     axis = optional(call, scale)
-    if axis is not None:
+    if axis is not None and of_weight(call, scale, axis):
         call.known.note_renormalised(axis.labels)
+    else:
+        call.pin(axis, "are normalised together under a scale that is no weight")
 
 
 @rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm")
