@@ -131,8 +131,12 @@ def pixels(axes: Axes) -> NDArray[np.uint8]:
     3
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import SubFigure
 
-    canvas = FigureCanvasAgg(axes.get_figure(root=True))
+    figure = axes.get_figure()
+    while isinstance(figure, SubFigure):
+        figure = figure.figure
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
