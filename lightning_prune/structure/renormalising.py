@@ -9,7 +9,7 @@ wherever the plan keeps nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,15 @@ from lightning_prune.structure.rules.registry import several
 def carries(name: str, rule: Rule) -> bool:
     """Whether what an operator makes of a weight is followed: another layout, or arithmetic position by position."""
     return rule is normalisation.batch_norm or (_moves(rule) and name != "_weight_norm") or _by_position(rule)
+
+
+def makes_weight(call: Call, rule: Rule, is_weight: Callable[[Tensor], bool]) -> bool:
+    """Whether a result is followed as a weight: moved, it is made of weights alone, combined, of any."""
+    if not carries(call.name, rule) or not call.inputs:
+        return False
+    if rule is normalisation.batch_norm or call.name.endswith("_as"):  # the others scale it or lend their shape
+        return is_weight(call.inputs[0])
+    return (all if _moves(rule) else any)(map(is_weight, call.inputs))
 
 
 def meetings(call: Call, rule: Rule) -> tuple[list[Tensor], list[Tensor]]:
@@ -97,7 +106,9 @@ class Renormalising:
             if met and carries(name, rule):
                 self._note_statistics(result)
             return result
-        if rule is normalisation.batch_norm and args[0] in self._stays:
+        if rule is normalisation.batch_norm:
+            if args[0] not in self._stays:
+                return func(*args, **kwargs)
             result = self._batch_norm(func, *args, **kwargs)
             self._stays[result] = self._stays[args[0]]
             return result

@@ -23,7 +23,7 @@ from lightning_prune.structure.call import Call, Rule, tensors_in
 from lightning_prune.structure.knowledge import Knowledge, Record
 from lightning_prune.structure.labels import Axes
 from lightning_prune.structure.plan import named_tensors, plain_name
-from lightning_prune.structure.renormalising import carries, meetings, standardises
+from lightning_prune.structure.renormalising import makes_weight, meetings, standardises
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.rules import RULES, pointwise
 from lightning_prune.structure.shapes import foretell
@@ -99,7 +99,7 @@ class Watcher(TorchDispatchMode):
     def _follow(self, func: Any, rule: Rule, args: Any, kwargs: Any, result: Any) -> None:
         call = Call(self.known, operator_name(func), args, kwargs, list(tensors_in(result)))
         from_data = any(self.known.from_data(tensor) for tensor in call.inputs)
-        is_weight = not from_data and carries(call.name, rule) and any(map(self.known.is_weight, call.inputs))
+        is_weight = not from_data and makes_weight(call, rule, self.known.is_weight)
         beside, results = ([], []) if from_data else meetings(call, rule)
         met = [self.known.settle(tensor, beside, results) for tensor in call.inputs]
         read = tuple(call.axes(tensor) for tensor in call.inputs)

@@ -290,3 +290,40 @@ def test_a_scale_that_is_no_weight_holds_its_channels() -> None:
             return self.b(F.layer_norm(self.a(x), (8,), self.scale(self.code)))
 
     assert "under a scale that is no weight" in trace(Made(), torch.randn(3, 4)).pinned["a"]
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_a_statistic_of_what_a_batch_norm_reads(name: str) -> None:
+    """Attention by the scales of a batch norm, each over their mean."""
+
+    class Weighed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Pooled(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = getattr(self.norm, name).detach().abs()
+            return self.head(self.norm(self.a(x)) * (scale / (scale.mean() + 1))[:, None, None])
+
+    model = Weighed()
+    nn.init.uniform_(model.norm.weight)
+    nn.init.uniform_(model.norm.running_var)
+    plan = choose(trace(model.eval(), IMAGES), 0.5, renormalise=True)
+    assert plan.renormalised == (f"norm.{name}",) and prove(model, plan, IMAGES).error < 1e-12
+
+
+def test_a_lent_shape_makes_no_weight() -> None:
+    class Lent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+            self.code, self.shape = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            code = self.b(self.code).view_as(self.shape)
+            return self.c(self.a(x) + (code - code.mean(-1, keepdim=True)) + self.shape)
+
+    model, inputs = Lent(), torch.randn(3, 4)
+    graph = trace(model, inputs)
+    assert "are taken together (mean" in graph.pinned["a"]
+    assert prove(model, graph.plan(pick(graph, 0.5, scope="all")), inputs).error < 1e-12
