@@ -232,6 +232,9 @@ def _race(
 ) -> tuple[tuple[Latency, ...], tuple[Latency, ...], tuple[str, ...]]:
     if not batches:
         return (), (), ()
-    slim = replica(network)
-    prune_(slim, plan)
+    try:
+        slim = replica(network)
+        prune_(slim, plan)
+    except Exception as error:  # of too little memory for one more copy
+        return (), (), (f"Latency could not be measured: {first_line(error)}.",)
     return race(network, slim, inputs[0], inputs[1] or None, batches=batches, variants=variants)

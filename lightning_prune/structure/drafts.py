@@ -25,8 +25,10 @@ def draft_of(target: str | os.PathLike[str]) -> Iterator[Path]:
     whole = Path(target)
     draft = whole.with_name(f".{whole.name}.{secrets.token_hex(4)}")
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = draft.stat().st_mode
     try:
         yield draft
+        draft.chmod(mode)  # safetensors may have put a file of its own there, for the owner alone
         draft.replace(whole)
     except BaseException:
         draft.unlink(missing_ok=True)

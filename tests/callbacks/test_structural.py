@@ -327,6 +327,18 @@ def test_a_network_that_cant_be_counted_is_pruned_all_the_same(tmp_path: Path, m
     assert (report.cost_before.parameters, report.latency_before) == (1452, ())
 
 
+def test_a_copy_without_room_costs_the_latency_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room for one more")
+
+    monkeypatch.setattr(examination, "replica", fail)
+    result = run(tmp_path, surgery=StructuralPruning())
+    assert result.watch.widths[-1] == 4 and result.surgery.report is not None
+    assert result.surgery.report.latency_after == () and result.surgery.report.cost_after.macs
+    said = "Latency could not be measured: OutOfMemoryError: no room for one more."
+    assert result.surgery.report.warnings == (said,)
+
+
 def test_every_variant_is_timed_beside_the_dense_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
