@@ -89,16 +89,14 @@ def body(found: Sequence[Any]) -> list[str]:
 
 
 WHY = (
-    "- Trace and surgery go from layer to layer: what counts is how many there are.",
+    "- In the ResNets trace and surgery go by the number of layers; where layers are as large as in VGG's head, surgery "
+    "goes by their weights.",
     "- MaskSparsity's penalty works on the norms of inner layers alone: one in a block of ResNet-18 and 34, two in a "
     "block of the deeper ones. It is the cheapest of all.",
     "- ASCP and TPP multiply filters with filters: per weight as many products as the layer has channels (of TPP: as "
     "many as go). In deeper networks of the same widths that is constant. The layers of VGG's head have 4096 channels: "
-    "most of its seconds are theirs, and there these two do grow faster than the parameters, for that is the method.",
-    "- A penalty's gradients and what surgery leaves are new tensors. Those of VGG's head are so large that the C "
-    "library takes their memory from the system anew each time, page by page; a product into one takes several "
-    "times as long as into memory that is there already.",
-    "- Surgery under DDP is mostly Python's collection of garbage: the old wrapper has to be gone before the new one "
-    "comes. That is paid once in a run, whatever the number of ranks.",
+    "there these two do grow faster than the parameters, for that is the method.",
+    "- A penalty's gradients and what surgery leaves are new tensors, in VGG's head very large ones.",
+    "- Surgery under DDP is paid once in a run, whatever the number of ranks.",
 )
 SECTION = Section("Growth of the costs", ABOUT, COMMAND, "scaling.json", body)
