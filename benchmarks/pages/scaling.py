@@ -89,8 +89,8 @@ def body(found: Sequence[Any]) -> list[str]:
 
 
 WHY = (
-    "- In the ResNets trace and surgery go by the number of layers; where layers are as large as in VGG's head, surgery "
-    "goes by their weights.",
+    "- In the ResNets trace and surgery go by the number of layers; where layers are as large as in VGG's head, "
+    "surgery goes by their weights.",
     "- MaskSparsity's penalty works on the norms of inner layers alone: one in a block of ResNet-18 and 34, two in a "
     "block of the deeper ones. It is the cheapest of all.",
     "- ASCP and TPP multiply filters with filters: per weight as many products as the layer has channels (of TPP: as "
