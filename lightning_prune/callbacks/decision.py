@@ -111,7 +111,7 @@ def plan_of(
 ) -> Plan:
     """The plan by which these channels or single weights of the traced model go."""
     weights = {name: numbers for name, numbers in removal.items() if isinstance(numbers, Bits)}
-    return weight_graph(graph).plan(weights) if weights else replace(graph.plan(removal, merges), round_to=round_to)
+    return weight_graph(graph).plan(weights) if weights else graph.plan(removal, merges, round_to)
 
 
 def common_multiple(partners: Iterable[Regulariser]) -> int:

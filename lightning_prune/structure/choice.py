@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
@@ -98,7 +97,7 @@ def choose(
         keep_at_least=keep_at_least,
         seed=seed,
     )
-    return replace(graph.plan(picked), round_to=multiple)
+    return graph.plan(picked, round_to=multiple)
 
 
 def pick(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_prune.errors import PlanError
@@ -117,7 +118,10 @@ class ChannelGraph:
         return explain(self, name)
 
     def plan(
-        self, removed: Mapping[str, Sequence[int]], into: Mapping[str, Mapping[int, int]] | None = None
+        self,
+        removed: Mapping[str, Sequence[int]],
+        into: Mapping[str, Mapping[int, int]] | None = None,
+        round_to: int = 1,
     ) -> PruningPlan:
         """The plan by which these channels (group name -> numbers below its size) go.
 
@@ -125,44 +129,41 @@ class ChannelGraph:
             removed: group name -> channels that go.
             into: group name -> channel that goes -> channel that stands for it afterwards: what its consumers read
                 from the one is added to what they read from the other. Groups without an entry just lose channels.
+            round_to: what the widths that are left are multiples of.
 
         Raises:
             PlanError: for an unknown group, a number out of range, a group that would lose all its channels, or one
                 whose channels can't stand for each other.
         """
-        known = {group.name: group for group in self.groups}
-        cut: dict[Member, list[int]] = {}
-        outputs, renormalised, numbers = set[Member](), set[str](), self.dense_numbers()
+        known, tensors = {group.name: group for group in self.groups}, named_tensors(self.model)
+        stays: dict[Member, NDArray[np.bool_]] = {}
+        outputs, renormalised, dense = set[Member](), set[str](), self.dense_numbers()
         merged: dict[Member, Tensor] = {}
-        summed = set[Member]()
+        summed, numbers = set[Member](), dict(dense)
         for name, channels in removed.items():
             if name not in known:
                 raise PlanError(f"There is no group {name!r}; groups are {', '.join(known) or 'none'}.")
             group, gone = known[name], _numbers(name, channels, known[name].size)
             if not gone:
                 continue
-            rows = torch.tensor(gone)
             for member, index in group.index.items():
-                cut.setdefault(member, []).extend(index[rows].flatten().tolist())
+                if member not in stays:
+                    stays[member] = np.ones(tensors[member[0]].shape[member[1]], dtype=np.bool_)
+                stays[member][index.numpy()[gone]] = False
             if into and name in into:
                 summed.update(group.inputs)
                 for member, targets in group.targets(gone, into[name]).items():
-                    size = named_tensors(self.model)[member[0]].shape[member[1]]
-                    whole = merged.setdefault(member, torch.arange(size))
-                    whole[group.index[member][rows]] = targets
+                    whole = merged.setdefault(member, torch.arange(stays[member].size))
+                    whole[group.index[member][gone]] = targets
             outputs.update(group.outputs)
             renormalised.update(name for name, _ in group.renormalised)
             for attribute, parts in self.numbers.items():
                 numbers[attribute] -= sum(len(gone) * each for part, each in parts if part == name)
-        tensors = named_tensors(self.model)
-        sizes = {(name, dim): tensors[name].shape[dim] for name, dim in cut}
-        kept = {
-            member: tuple(np.delete(np.arange(sizes[member]), positions).tolist()) for member, positions in cut.items()
-        }
-        changed = {name: number for name, number in numbers.items() if number != self.dense_numbers()[name]}
-        into_all = {member: _or_nowhere(targets, cut[member]) for member, targets in merged.items()}
-        rest = tuple(outputs), changed, tuple(renormalised), into_all, tuple(summed), self.joined if cut else ()
-        return PruningPlan(kept, sizes, signature(self.model), *rest)
+        sizes = {member: mask.size for member, mask in stays.items()}
+        changed = {name: number for name, number in numbers.items() if number != dense[name]}
+        into_all = {member: _or_nowhere(targets, stays[member]) for member, targets in merged.items()}
+        rest = tuple(renormalised), into_all, tuple(summed), self.joined if stays else (), round_to
+        return PruningPlan(_positions(stays), sizes, signature(self.model), tuple(outputs), changed, *rest)
 
     def dense_numbers(self) -> dict[str, int]:
         """The numbers that modules of the dense model keep of their channels."""
@@ -173,11 +174,22 @@ class ChannelGraph:
         return overview(self)
 
 
-def _or_nowhere(targets: Tensor, gone: list[int]) -> tuple[int, ...]:
+def _positions(stays: Mapping[Member, NDArray[np.bool_]]) -> dict[Member, tuple[int, ...]]:
+    """Which positions stay; members that keep the same ones, as most of a group do, share one tuple."""
+    known: dict[bytes, tuple[int, ...]] = {}
+    kept = {}
+    for member, mask in stays.items():
+        key = mask.tobytes()
+        if key not in known:
+            known[key] = tuple(np.flatnonzero(mask).tolist())
+        kept[member] = known[key]
+    return kept
+
+
+def _or_nowhere(targets: Tensor, stays: NDArray[np.bool_]) -> tuple[int, ...]:
     """Positions that go without another standing for them (they belong to a group that just loses channels)."""
-    positions = torch.tensor(gone)
-    targets[positions[targets[positions] == positions]] = NOWHERE
-    return tuple(targets.tolist())
+    whole = targets.numpy()
+    return tuple(np.where(~stays & (whole == np.arange(whole.size)), NOWHERE, whole).tolist())
 
 
 def _numbers(name: str, channels: Sequence[int], size: int) -> list[int]:

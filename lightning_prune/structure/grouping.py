@@ -10,7 +10,7 @@ from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
 from lightning_prune.structure.knowledge import Knowledge
 from lightning_prune.structure.labels import Ints, Solution
 from lightning_prune.structure.numbers import joining
-from lightning_prune.structure.plan import Member, layer_of, named_tensors, plain_name
+from lightning_prune.structure.plan import Member, layer_of, named_parameters, named_tensors
 
 
 def graph_of(model: nn.Module, known: Knowledge, solution: Solution) -> ChannelGraph:
@@ -41,7 +41,7 @@ def _groups(known: Knowledge, solution: Solution) -> list[ChannelGroup]:
     ids = np.repeat(np.arange(len(labels.dims)), np.diff(labels.starts))
     used = np.array([name in known.used for name, _ in labels.dims], dtype=bool)
     root = solution.root[1 : labels.atoms]
-    free = ~np.isin(root, np.fromiter(solution.reasons, dtype=np.int64)) & used[ids]
+    free = ~solution.held()[1 : labels.atoms] & used[ids]
     atoms = np.flatnonzero(free)
     order = np.lexsort((atoms, root[atoms]))
     atoms = atoms[order]
@@ -115,8 +115,8 @@ def _named_apart(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 def _pinned(known: Knowledge, solution: Solution) -> dict[str, str]:
     """Layers some of whose output channels can't go."""
     pinned: dict[str, str] = {}
-    tensors = named_tensors(known.model)
-    for number, (name, dim) in enumerate(known.labels.dims):
+    tensors, labels, held = named_tensors(known.model), known.labels, solution.held()
+    for number, (name, dim) in enumerate(labels.dims):
         roles = known.roles.get(number, set())
         # a weight without a role has gone through operators that know none
         unknown = not roles and dim == 0 and name.endswith("weight") and tensors[name].dim() > 1
@@ -124,21 +124,22 @@ def _pinned(known: Knowledge, solution: Solution) -> dict[str, str]:
             if name.endswith("weight"):
                 pinned.setdefault(layer_of(name), "It is not used by this forward pass.")
         elif roles & {"outputs", "through"} or unknown:
-            roots = solution.root[known.labels.starts[number] : known.labels.starts[number + 1]]
-            held = [root for root in roots.tolist() if root in solution.reasons]
-            if held:
-                some = "" if len(held) == len(roots) else f" (This holds for {len(held)} of its {len(roots)} channels.)"
-                pinned.setdefault(layer_of(name), solution.reasons[held[0]] + some)
+            own = slice(labels.starts[number], labels.starts[number + 1])
+            stay = np.flatnonzero(held[own])
+            if stay.size:
+                size = tensors[name].shape[dim]
+                some = "" if stay.size == size else f" (This holds for {stay.size} of its {size} channels.)"
+                pinned.setdefault(layer_of(name), solution.reasons[int(solution.root[own][stay[0]])] + some)
     return _under_all_names(known.model, pinned)
 
 
 def _under_all_names(model: nn.Module, pinned: dict[str, str]) -> dict[str, str]:
     """Layers that share a parameter share its reason."""
-    first = {id(parameter): layer_of(plain_name(name)) for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    first = {id(parameter): layer_of(name) for name, parameter in named_parameters(model)}
+    for name, parameter in named_parameters(model, every=True):
         layer = first[id(parameter)]
         if layer in pinned and name.endswith("weight"):
-            pinned.setdefault(layer_of(plain_name(name)), pinned[layer])
+            pinned.setdefault(layer_of(name), pinned[layer])
     return pinned
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_prune.structure.labels import FIXED, Axes, Axis, Ints, Labels
 from lightning_prune.structure.plan import submodule
@@ -81,7 +82,7 @@ class Knowledge:
         self._own = tensors
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._known: dict[int, Known] = {}
-        self._tainted: set[int] = set()
+        self._tainted: set[StorageWeakRef] = set()
         self._debts: dict[int, list[tuple[weakref.ref[Tensor], Debt]]] = {}
 
     @property
@@ -99,7 +100,7 @@ class Knowledge:
                 self.used.add(name)
             self.remember(tensor, axes, from_data=False, is_weight=name is not None)
             return axes
-        if self._tainted and tensor.untyped_storage()._cdata in self._tainted:
+        if self._tainted and StorageWeakRef(tensor.untyped_storage()) in self._tainted:
             return tuple(axis and Axis(axis.labels, vanishes=False) for axis in known.axes)
         return known.axes
 
@@ -113,7 +114,7 @@ class Knowledge:
         old = self.look_up(tensor)
         pairs = zip(old.axes, axes, strict=False) if old is not None else ()
         if any(a is not None and a.vanishes and not (b and b.vanishes) for a, b in pairs):
-            self._tainted.add(tensor.untyped_storage()._cdata)
+            self._tainted.add(StorageWeakRef(tensor.untyped_storage()))
         from_data = from_data or (old is not None and old.from_data)
         self._known[id(tensor)] = Known(weakref.ref(tensor), axes, from_data, is_weight)
 

@@ -42,6 +42,12 @@ class Solution(NamedTuple):
     root: Ints
     reasons: dict[int, str]
 
+    def held(self) -> NDArray[np.bool_]:
+        """Which labels may not leave."""
+        pinned = np.zeros(self.root.size, dtype=np.bool_)
+        pinned[np.fromiter(self.reasons, dtype=np.int64)] = True
+        return pinned[self.root]
+
 
 class Labels:
     """Hands out labels and remembers which are united, which are pinned and why.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import lt
 from typing import Any
@@ -64,9 +64,45 @@ def number_of(model: nn.Module, name: str) -> int:
     return int(getattr(submodule(model, path), attribute))
 
 
+def named_modules(model: nn.Module, every: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by :func:`plain_name`, parents first, each once, or under ``every`` name that it has.
+
+    >>> relu = nn.ReLU()
+    >>> [name for name, _ in named_modules(nn.Sequential(relu, relu))]
+    ['', '0']
+    """
+    seen, ahead = set[int](), [("", model)]
+    while ahead:
+        path, module = ahead.pop()
+        if every or id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            below = [(_below(path, key), child) for key, child in module._modules.items() if child is not None]
+            ahead.extend(reversed(below))
+
+
+def _below(path: str, key: str) -> str:
+    return path if key == _COMPILED else f"{path}.{key}" if path else key
+
+
+def named_parameters(model: nn.Module, every: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by :func:`plain_name`, each once, or under ``every`` name that it has."""
+    return _named("_parameters", named_modules(model, every), every)
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by :func:`plain_name`, each once; of tied ones the first name counts."""
-    return {plain_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    modules = list(named_modules(model))
+    return {name: tensor for kind in ("_parameters", "_buffers") for name, tensor in _named(kind, modules)}
+
+
+def _named(kind: str, modules: Iterable[tuple[str, nn.Module]], every: bool = False) -> Iterator[tuple[str, Any]]:
+    seen = set[int]()
+    for path, module in modules:
+        for key, tensor in getattr(module, kind).items():
+            if tensor is not None and (every or id(tensor) not in seen):
+                seen.add(id(tensor))
+                yield _below(path, key), tensor
 
 
 def signature(model: nn.Module) -> str:
@@ -140,8 +176,11 @@ class PruningPlan:
             raise PlanError("A plan needs the dense size of exactly the dims that it cuts.")
         if not {*self.outputs, *self.merged} <= self.kept.keys() or not set(self.summed) <= self.merged.keys():
             raise PlanError("A plan can print, merge or sum along no other dims than those that it cuts.")
+        sound = set[tuple[int, int]]()
         for member, positions in self.kept.items():
-            _check(member, positions, self.sizes[member])
+            if (key := (id(positions), self.sizes[member])) not in sound:  # members of one group share a tuple
+                _check(member, positions, self.sizes[member])
+                sound.add(key)
         for member, targets in self.merged.items():
             _check_targets(member, targets, self.kept[member], self.sizes[member])
 

@@ -7,12 +7,15 @@ import warnings
 from collections.abc import Mapping
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import ConfigurationError, PlanError, TraceError
 from lightning_prune.structure import ChannelGroup, choose, pick, prune_, trace
+from lightning_prune.structure.knowledge import Knowledge
+from lightning_prune.structure.labels import Axis
 from tests.structure.test_surgery import Net, image
 
 
@@ -171,6 +174,17 @@ def test_what_can_not_be_copied_is_shared() -> None:
     vars(model)["forward"] = model.forward
     graph = trace(model, image())
     assert sorted(group.name for group in graph.groups) == ["inner.0", "stem.0"]
+
+
+def test_a_tensor_is_no_earlier_one_at_the_same_address() -> None:
+    """One that was written in place must not be mistaken for what has got its memory since."""
+    known, labels = Knowledge(nn.Module(), {}), np.arange(1, 5)
+    for _ in range(20):
+        tensor = torch.zeros(4)
+        known.remember(tensor, (Axis(labels, vanishes=True),), from_data=True)
+        assert known.axes(tensor) == (Axis(labels, vanishes=True),)
+        known.remember(tensor, (Axis(labels, vanishes=False),), from_data=True)
+        del tensor
 
 
 class _Choosing(nn.Module):
