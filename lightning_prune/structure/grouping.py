@@ -10,7 +10,7 @@ from lightning_prune.structure.graph import ChannelGraph, ChannelGroup
 from lightning_prune.structure.knowledge import Knowledge
 from lightning_prune.structure.labels import Ints, Solution
 from lightning_prune.structure.numbers import joining
-from lightning_prune.structure.plan import Member, layer_of, named_parameters, named_tensors
+from lightning_prune.structure.plan import Member, layer_of, named_parameters
 
 
 def graph_of(model: nn.Module, known: Knowledge, solution: Solution) -> ChannelGraph:
@@ -74,17 +74,18 @@ def _fingerprints(count: int) -> Ints:
 
 def _group(known: Knowledge, table: Ints, ids: Ints, is_bound: bool) -> ChannelGroup:
     labels = known.labels
-    columns = ids[table[0]]
+    columns = ids[table[0]]  # ascending, as the atoms of a class are
+    begins = np.flatnonzero(np.diff(columns, prepend=-1))
+    numbers = columns[begins].tolist()
     index = {}
-    for number in dict.fromkeys(columns.tolist()):
-        positions = table[:, columns == number] + 1 - labels.starts[number]
-        index[labels.dims[number]] = torch.from_numpy(np.ascontiguousarray(positions))
+    for number, begin, end in zip(numbers, begins, [*begins[1:], columns.size], strict=True):
+        index[labels.dims[number]] = torch.from_numpy(table[:, begin:end] + (1 - labels.starts[number]))
 
     def having(role: str) -> tuple[Member, ...]:
-        return tuple(labels.dims[n] for n in dict.fromkeys(columns.tolist()) if role in known.roles.get(n, ()))
+        return tuple(labels.dims[n] for n in numbers if role in known.roles.get(n, ()))
 
     outputs, inputs = having("outputs"), having("inputs")
-    renormalised = tuple(labels.dims[n] for n in dict.fromkeys(columns.tolist()) if n in known.renormalised)
+    renormalised = tuple(labels.dims[n] for n in numbers if n in known.renormalised)
     producers = tuple(dict.fromkeys(layer_of(name) for name, _ in outputs))
     consumers = tuple(dict.fromkeys(layer_of(name) for name, _ in inputs))
     return ChannelGroup(
@@ -115,11 +116,11 @@ def _named_apart(groups: list[ChannelGroup]) -> list[ChannelGroup]:
 def _pinned(known: Knowledge, solution: Solution) -> dict[str, str]:
     """Layers some of whose output channels can't go."""
     pinned: dict[str, str] = {}
-    tensors, labels, held = named_tensors(known.model), known.labels, solution.held()
+    labels, held = known.labels, solution.held()
     for number, (name, dim) in enumerate(labels.dims):
         roles = known.roles.get(number, set())
         # a weight without a role has gone through operators that know none
-        unknown = not roles and dim == 0 and name.endswith("weight") and tensors[name].dim() > 1
+        unknown = not roles and dim == 0 and name.endswith("weight") and known.own(name).dim() > 1
         if name not in known.used:
             if name.endswith("weight"):
                 pinned.setdefault(layer_of(name), "It is not used by this forward pass.")
@@ -127,7 +128,7 @@ def _pinned(known: Knowledge, solution: Solution) -> dict[str, str]:
             own = slice(labels.starts[number], labels.starts[number + 1])
             stay = np.flatnonzero(held[own])
             if stay.size:
-                size = tensors[name].shape[dim]
+                size = known.own(name).shape[dim]
                 some = "" if stay.size == size else f" (This holds for {stay.size} of its {size} channels.)"
                 pinned.setdefault(layer_of(name), solution.reasons[int(solution.root[own][stay[0]])] + some)
     return _under_all_names(known.model, pinned)
@@ -135,9 +136,9 @@ def _pinned(known: Knowledge, solution: Solution) -> dict[str, str]:
 
 def _under_all_names(model: nn.Module, pinned: dict[str, str]) -> dict[str, str]:
     """Layers that share a parameter share its reason."""
-    first = {id(parameter): layer_of(name) for name, parameter in named_parameters(model)}
+    first: dict[int, str] = {}
     for name, parameter in named_parameters(model, every=True):
-        layer = first[id(parameter)]
+        layer = first.setdefault(id(parameter), layer_of(name))
         if layer in pinned and name.endswith("weight"):
             pinned.setdefault(layer_of(name), pinned[layer])
     return pinned

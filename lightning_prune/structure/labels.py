@@ -141,13 +141,23 @@ class Labels:
             apart = left != right
             left, right = np.minimum(left, right)[apart], np.maximum(left, right)[apart]
             root[right] = left
-            while not np.array_equal(root, above := root[root]):
-                root = above
-        reasons: dict[int, str] = {int(root[FIXED]): "It is tied to a position that is fixed, such as padding."}
-        for labels, reason in self._pinned:
-            for label in np.unique(root[labels]).tolist():
-                reasons.setdefault(label, reason)
-        return Solution(root, reasons)
+            while not np.array_equal(left, above := root[left]):
+                root[right] = left = above
+        while not np.array_equal(root, above := root[root]):
+            root = above
+        return Solution(root, self._reasons(root))
+
+    def _reasons(self, root: Ints) -> dict[int, str]:
+        """Of each class that is pinned the first reason."""
+        first = np.full(root.size, len(self._pinned))
+        for number in reversed(range(len(self._pinned))):
+            first[root[self._pinned[number][0]]] = number
+        held = np.flatnonzero(first < len(self._pinned))
+        held = held[np.argsort(first[held], kind="stable")]
+        reasons = {int(root[FIXED]): "It is tied to a position that is fixed, such as padding."}
+        for label, number in zip(held.tolist(), first[held].tolist(), strict=True):
+            reasons.setdefault(label, self._pinned[number][1])
+        return reasons
 
     def marked_roots(self, mark: str, root: Ints) -> set[int]:
         """Classes that carry a mark."""
