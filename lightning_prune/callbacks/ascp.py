@@ -28,8 +28,8 @@ from lightning_prune.callbacks.likeness import (
 from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.callbacks.recalibration import RecentCalls, recalibrate_
 from lightning_prune.callbacks.targets import FAR
-from lightning_prune.callbacks.watching import check
 from lightning_prune.clusters import churn, representatives
+from lightning_prune.door import check, number, whole
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import cluster_pull
 from lightning_prune.schedules import SHAPES, ASCPSchedule, Dynamics
@@ -134,9 +134,10 @@ class ASCP(Regulariser):
         check(rate is None or rate in SHAPES, f"rate={rate!r} must be one of {', '.join(SHAPES)}.")
         check(cluster in METHODS, f"cluster={cluster!r} must be one of {', '.join(METHODS)}.")
         check(representative in ("mean", "medoid"), f"representative={representative!r} must be 'mean' or 'medoid'.")
+        number("pull", pull)
         check(0 <= pull < float("inf"), f"pull={pull} must be a finite number of at least 0.")
         check(finish in ("plain", "centripetal"), f"finish={finish!r} must be 'plain' or 'centripetal'.")
-        check(recalibrate >= 0, f"recalibrate={recalibrate} must be at least 0 samples.")
+        whole("recalibrate", recalibrate, least=0)
         refuse_all_but_one(ratio=ratio, budget=budget)
         super().__init__(
             ratio,

@@ -30,7 +30,8 @@ from lightning_prune.callbacks.inject import Penalty, add_to_gradients_, add_to_
 from lightning_prune.callbacks.joining import holders_of, refuse_shared_groups
 from lightning_prune.callbacks.questions import Method
 from lightning_prune.callbacks.targets import parameters_of
-from lightning_prune.callbacks.watching import PruningCallback, check, reading_state
+from lightning_prune.callbacks.watching import PruningCallback, reading_state
+from lightning_prune.door import check
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.structure import Outcome
 from lightning_prune.structure.bits import compact, from_plain, to_plain

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_prune.callbacks.ranks import agreed
-from lightning_prune.callbacks.watching import check
+from lightning_prune.door import check
 from lightning_prune.errors import PlanError
 from lightning_prune.reports.cost import count_cost
 from lightning_prune.structure import Budget, ChannelGraph

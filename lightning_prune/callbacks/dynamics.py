@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
-from lightning_prune.callbacks.watching import check
+from lightning_prune.door import check
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Dynamics
 

@@ -11,7 +11,7 @@ import torch
 from lightning_prune import structure
 from lightning_prune.callbacks.joining import taking_part
 from lightning_prune.callbacks.targets import Target, aim
-from lightning_prune.callbacks.watching import check
+from lightning_prune.door import check
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.bits import mask_of
 from lightning_prune.structure.choice import smallest, value_of

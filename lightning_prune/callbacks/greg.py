@@ -14,6 +14,7 @@ from lightning_prune.callbacks.budgeting import refuse_all_but_one
 from lightning_prune.callbacks.grains import refuse_for_weights
 from lightning_prune.callbacks.growing import Growing, constants
 from lightning_prune.callbacks.inject import Penalty
+from lightning_prune.door import switch
 from lightning_prune.penalties import slices, weighted_l2
 from lightning_prune.schedules import (
     GREG1_CIFAR,
@@ -276,6 +277,7 @@ class GReg1(_GReg):
             module=module,
             name=name,
         )
+        switch("coupled", coupled)
         refuse_for_weights(granularity, "coupled", coupled, True)
         self.coupled = coupled
         self.schedule = schedule
@@ -362,6 +364,7 @@ class GReg2(_GReg):
             module=module,
             name=name,
         )
+        switch("coupled", coupled)
         refuse_for_weights(granularity, "coupled", coupled, True)
         self.coupled = coupled
         self.schedule = schedule

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_prune.callbacks.base import Regulariser
-from lightning_prune.callbacks.watching import check
+from lightning_prune.door import check
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import ENOUGH, Dynamics
 

@@ -16,6 +16,7 @@ from lightning_prune.callbacks.neighbours import average_models, callbacks_of
 from lightning_prune.callbacks.permanence import PermanentMask
 from lightning_prune.callbacks.ranks import run_together
 from lightning_prune.callbacks.watching import configured_, refuse_sharded_parameters
+from lightning_prune.door import check
 from lightning_prune.errors import ConfigurationError, SlimFileError
 from lightning_prune.structure import Plan, SparsityPlan, signature
 from lightning_prune.structure.plan import submodule
@@ -49,6 +50,8 @@ class LoadPruned(Callback):
 
     def __init__(self, path: str | os.PathLike[str], *, module: str = "") -> None:
         super().__init__()
+        check(isinstance(path, (str, os.PathLike)), f"path={path!r} must name the slim file.")
+        check(isinstance(module, str), f"module={module!r} must be a string.")
         self.path = os.fspath(path)
         self.module = module
         self._has_cut = False

@@ -12,7 +12,7 @@ from lightning_prune import structure
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.budgeting import refuse_all_but_one
 from lightning_prune.callbacks.targets import zero_out_
-from lightning_prune.callbacks.watching import check
+from lightning_prune.door import check, whole
 from lightning_prune.structure import Budget
 from lightning_prune.structure.choice import SCORES, WEIGHT_SCORES
 
@@ -98,6 +98,8 @@ class Magnitude(Regulariser):
             granularity == "channel" or score in WEIGHT_SCORES,
             f"score={score!r} ranks channels; with granularity='weight' it must be one of {', '.join(WEIGHT_SCORES)}.",
         )
+        whole("steps", steps)
+        whole("seed", seed)
         check(1 <= steps <= epochs, f"steps={steps} must lie in 1..epochs={epochs}: one step takes an epoch.")
         self.score = score
         self.steps = steps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from typing import Any, Literal, final
 
 import torch
@@ -23,7 +22,7 @@ from lightning_prune.callbacks.masks import doomed_channels, prices_of, rounded,
 from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.callbacks.restart import read_weights, restart_, weights_of
 from lightning_prune.callbacks.targets import Target, aim, parameters_of, zero_out_
-from lightning_prune.callbacks.watching import check
+from lightning_prune.door import check, listed, switch, text, whole
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.penalties import masked_l1, soft_threshold_
 from lightning_prune.schedules import MASK_SPARSITY, Dynamics, MaskSparsityStrength
@@ -170,17 +169,23 @@ class MaskSparsity(Regulariser):
             module=module,
             name=name,
         )
-        check(restart_from is None or isinstance(restart_from, str), f"restart_from={restart_from!r} must be a string.")
+        text("restart_from", restart_from)
+        switch("penalize_bias", penalize_bias)
+        switch("fold_constant", fold_constant)
+        whole("global_epochs", global_epochs)
         check(threshold is None or 0 < threshold < float("inf"), f"threshold={threshold} must be a positive scale.")
         check(threshold is None or not any((ratios or {}).values()), "With threshold=... ratios can only be 0.")
         check(0 <= global_epochs < epochs, f"global_epochs={global_epochs} must lie in [0, {epochs}), below epochs.")
         first, last = start + global_epochs + 1, start + epochs - 1
+        masked = listed("mask_at", mask_at, "epochs")
+        for epoch in masked:
+            whole("mask_at", epoch)
         check(
-            list(mask_at) == sorted(set(mask_at)) and all(first <= epoch <= last for epoch in mask_at),
-            f"mask_at={list(mask_at)} must be ascending epochs from {first} to {last}, inside the masked stage.",
+            masked == sorted(set(masked)) and all(first <= epoch <= last for epoch in masked),
+            f"mask_at={masked} must be ascending epochs from {first} to {last}, inside the masked stage.",
         )
-        check(isinstance(passes, Integral) and passes >= 1, f"passes={passes!r} must be a whole number of at least 1.")
-        is_plain = constants is None and not mask_at
+        whole("passes", passes, least=1)
+        is_plain = constants is None and not masked
         check(is_plain or passes == 1, f"passes={passes} can't go with mask_at=... or constants=....")
         check(
             restart_from is None or global_epochs > 0,
@@ -193,7 +198,7 @@ class MaskSparsity(Regulariser):
         )
         self.threshold = threshold
         self.global_epochs = global_epochs
-        self.mask_at = tuple(mask_at)
+        self.mask_at = tuple(masked)
         self.passes = passes
         self.restart_from = restart_from
         self.penalize_bias = penalize_bias

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.outlook import is_settled, log_outlook, look_ahea
 from lightning_prune.callbacks.recording import Diary, numbers_of
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.callbacks.watching import reading_state
+from lightning_prune.door import switch, text, whole
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports import plots
 from lightning_prune.reports.wording import first_line
@@ -53,8 +54,9 @@ class PruningMonitor(Callback):
 
     def __init__(self, monitor: str | None = None, *, every_n_epochs: int = 1, figures: bool = True) -> None:
         super().__init__()
-        if every_n_epochs < 1:
-            raise ConfigurationError(f"every_n_epochs={every_n_epochs} must be at least 1.")
+        text("monitor", monitor)
+        switch("figures", figures)
+        whole("every_n_epochs", every_n_epochs, least=1)
         self.monitor = monitor
         self.every_n_epochs = every_n_epochs
         self.figures = figures

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from lightning_prune.callbacks.dynamics import dynamics_of
 from lightning_prune.callbacks.grains import GRAINS, Grain, refuse_for_weights
 from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.callbacks.targets import Target, separation, squared_norm
-from lightning_prune.callbacks.watching import PruningCallback, check
+from lightning_prune.callbacks.watching import PruningCallback
+from lightning_prune.door import check, number, patterns, shares, text, whole
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.schedules import Dynamics
 from lightning_prune.structure import Budget, Outcome
@@ -95,29 +95,26 @@ class Method(PruningCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(module)
-        check(ratio is None or isinstance(ratio, Real), f"ratio={ratio!r} must be a number.")
-        for argument, number in (("round_to", round_to), ("start", start), ("epochs", epochs)):
-            usual = {"round_to": "auto", "epochs": None}
-            is_whole = isinstance(number, Integral) or (argument in usual and number == usual[argument])
-            check(is_whole, f"{argument}={number!r} must be a whole number.")
-        check(ratio is None or 0 < ratio < 1, f"ratio={ratio} must lie strictly between 0 and 1.")
-        for pattern, value in (ratios or {}).items():
-            check(isinstance(value, Real), f"ratios[{pattern!r}]={value!r} must be a number.")
-            check(0 <= value < 1, f"ratios[{pattern!r}]={value} must lie in [0, 1).")
-        check(not isinstance(ignore, str), f"ignore={ignore!r} must be a list of patterns.")
+        if ratio is not None:
+            number("ratio", ratio)
+            check(0 < ratio < 1, f"ratio={ratio} must lie strictly between 0 and 1.")
+        if round_to != "auto":
+            whole("round_to", round_to, least=1)
+        if epochs is not None:
+            whole("epochs", epochs, least=1)
+        whole("start", start, least=0)
+        text("module", module)
+        text("name", name)
         check(scope in ("inner", "all"), f"scope={scope!r} must be 'inner' or 'all'.")
-        check(isinstance(round_to, str) or round_to >= 1, f"round_to={round_to} must be at least 1 channel.")
-        check(granularity in GRAINS, f"granularity={granularity!r} must be one of {', '.join(GRAINS)}.")
+        check(granularity in list(GRAINS), f"granularity={granularity!r} must be one of {', '.join(GRAINS)}.")
         refuse_for_weights(granularity, "budget", budget, None)
         refuse_for_weights(granularity, "scope", scope, "inner")
         refuse_for_weights(granularity, "round_to", round_to, 1)
-        check(start >= 0, f"start={start} must be at least 0 epochs.")
-        check(epochs is None or epochs >= 1, f"epochs={epochs} must be at least 1, or None.")
         check(ratio is None or budget is None, "Give a ratio or a budget, not both.")
         self.ratio = ratio
         self.budget = Budget.of(budget)
-        self.ratios = dict(ratios) if ratios else None
-        self.ignore = tuple(ignore)
+        self.ratios = shares("ratios", ratios) or None
+        self.ignore = patterns("ignore", ignore)
         self.scope = scope
         self.round_to = round_to
         self.granularity = granularity

@@ -37,12 +37,15 @@ from lightning_prune.callbacks.publishing import Publisher
 from lightning_prune.callbacks.ranks import agreed, run_together
 from lightning_prune.callbacks.recording import Diary, configuration
 from lightning_prune.callbacks.watching import PruningCallback, reading_state
+from lightning_prune.door import check, is_whole, number, once_each, text, whole
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.reports.latency import VARIANTS
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.structure import Outcome, Plan
 from lightning_prune.structure.plan import submodule
 from lightning_prune.structure.replica import replica
+
+_PAGES = (".html", ".htm")
 
 
 class StructuralPruning(PruningCallback):
@@ -102,24 +105,35 @@ class StructuralPruning(PruningCallback):
         report_file: str | None = "report.json",
     ) -> None:
         super().__init__(module)
-        if at_epoch is not None and at_epoch < 1:
-            raise ConfigurationError(f"at_epoch={at_epoch} must be at least 1: something has to be trained before.")
+        text("module", module)
+        text("monitor", monitor)
+        if at_epoch is not None:
+            whole("at_epoch", at_epoch)
+            check(at_epoch >= 1, f"at_epoch={at_epoch} must be at least 1: something has to be trained before.")
         if cut_when not in ("ready", "safe"):
             raise ConfigurationError(f'cut_when={cut_when!r} is neither "ready" nor "safe".')
         if cut_when == "safe" and monitor is None:
             raise ConfigurationError('cut_when="safe" goes by a metric of validation; name it with monitor=....')
+        number("safe_change", safe_change)
         if not 0 <= safe_change < float("inf"):
             raise ConfigurationError(f"safe_change={safe_change} must be a finite number of at least 0.")
-        if tolerance is not None and not tolerance > 0:
-            raise ConfigurationError(f"tolerance={tolerance} must be positive.")
-        if report_file is not None and Path(report_file).suffix.lower() in (".html", ".htm"):
+        if tolerance is not None:
+            number("tolerance", tolerance)
+            check(tolerance > 0, f"tolerance={tolerance} must be positive.")
+        text("report_file", report_file)
+        if report_file is not None and (not Path(report_file).name or Path(report_file).suffix.lower() in _PAGES):
             raise ConfigurationError(
                 f"report_file={report_file!r} names the data, such as report.json; a page comes too."
             )
-        if any(size < 1 for size in latency_batches):
-            raise ConfigurationError(f"latency_batches={list(latency_batches)} must be positive batch sizes.")
-        if isinstance(latency_variants, str) or not set(latency_variants) <= set(VARIANTS):
-            raise ConfigurationError(f"latency_variants={latency_variants!r} must be a list of {', '.join(VARIANTS)}.")
+        batches = once_each("latency_batches", latency_batches, "batch sizes")
+        are_sizes = all(is_whole(size) and size >= 1 for size in batches)
+        check(are_sizes, f"latency_batches={batches} must be positive batch sizes.")
+        variants = once_each("latency_variants", latency_variants, ", ".join(VARIANTS))
+        are_known = all(each in VARIANTS for each in variants)
+        check(are_known, f"latency_variants={variants!r} must be a list of {', '.join(VARIANTS)}.")
+        for name, build in (("optimizer", finetune_optimizer), ("scheduler", finetune_scheduler)):
+            is_builder = build is None or callable(build)
+            check(is_builder, f"finetune_{name}={build!r} must be a function, such as functools.partial(...).")
         self.at_epoch = at_epoch
         self.cut_when = cut_when
         self.safe_change = safe_change
@@ -128,8 +142,8 @@ class StructuralPruning(PruningCallback):
         self.finetune_optimizer = finetune_optimizer
         self.finetune_scheduler = finetune_scheduler
         self.tolerance = tolerance
-        self.latency_batches = tuple(latency_batches)
-        self.latency_variants = tuple(latency_variants)
+        self.latency_batches = tuple(batches)
+        self.latency_variants = tuple(variants)
         self.report_file = report_file
         self._stage = FinetuneStage(finetune, finetune_optimizer, finetune_scheduler)
         self._guard = StopGuard()

@@ -14,7 +14,7 @@ from lightning_prune.callbacks.budgeting import refuse_all_but_one
 from lightning_prune.callbacks.growing import Growing, constants
 from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.callbacks.targets import Target, aim, zero_out_
-from lightning_prune.callbacks.watching import check
+from lightning_prune.door import check, number, switch
 from lightning_prune.penalties import gram_decorrelation, spectral_norm, weighted_l2
 from lightning_prune.schedules import TPP_CIFAR, TPP_IMAGENET, Dynamics, TPPSchedule
 from lightning_prune.structure import Budget
@@ -108,6 +108,9 @@ class TPP(Growing):
             name=name,
         )
         check(reduction in ("mean", "sum"), f"reduction={reduction!r} must be 'mean' or 'sum'.")
+        switch("coupled", coupled)
+        if gram is not None:
+            number("gram", gram)
         check(gram is None or 0 <= gram < float("inf"), f"gram={gram} must be a finite number of at least 0, or None.")
         self.schedule = schedule
         self.reduction = reduction

@@ -141,9 +141,3 @@ def refuse_sharded_parameters(strategy: type, callback: Callback) -> None:
         raise ConfigurationError(
             f"{type(callback).__name__} can't change shapes under {strategy.__name__}; use one device or DDP."
         )
-
-
-def check(condition: bool, message: str) -> None:
-    """Refuse an argument with one sentence."""
-    if not condition:
-        raise ConfigurationError(message)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any
 
 import torch
 
+from lightning_prune.door import is_number, text
 from lightning_prune.errors import ConfigurationError
 
 QUANTITIES = {"macs": "MACs", "params": "parameters", "latency_ms": "latency"}
@@ -57,7 +57,7 @@ class Budget:
             found = f", not {' and '.join(given)}" if given else ""
             raise ConfigurationError(f"A budget has exactly one of macs, params and latency_ms{found}.")
         if self.quantity == "latency_ms":
-            if not _is_number(self.latency_ms) or not 0 < float(self.latency_ms or 0) < float("inf"):
+            if not is_number(self.latency_ms) or not 0 < float(self.latency_ms or 0) < float("inf"):
                 raise ConfigurationError(f"budget latency_ms={self.latency_ms!r} must be a positive number.")
         else:
             _count_of(self.quantity, getattr(self, self.quantity))
@@ -67,8 +67,9 @@ class Budget:
                 )
         if type(self.batch) is not int or self.batch < 1:
             raise ConfigurationError(f"budget batch={self.batch!r} must be a whole number of at least 1.")
-        if not _is_number(self.cap) or not 0 < self.cap <= 1:
+        if not is_number(self.cap) or not 0 < self.cap <= 1:
             raise ConfigurationError(f"budget cap={self.cap!r} must lie in (0, 1].")
+        text("budget device", self.device)
         if self.device is not None:
             try:
                 torch.device(self.device)
@@ -153,15 +154,11 @@ def _count_of(name: str, value: Any) -> float:
     if isinstance(value, str):
         parts = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?|\.\d+)\s*([kMGT]?)\s*", value)
         number = float(parts[1].replace("_", "")) * SUFFIXES.get(parts[2], 1) if parts else None
-    is_share = _is_number(number) and 0 < number < 1
-    is_count = _is_number(number) and 1 < number < float("inf") and abs(number - round(number)) < 1e-6 * number
+    is_share = is_number(number) and 0 < number < 1
+    is_count = is_number(number) and 1 < number < float("inf") and abs(number - round(number)) < 1e-6 * number
     if not (is_share or is_count):
         raise ConfigurationError(
             f"budget {name}={value!r} must be the share that is kept, in (0, 1), or a whole count such as 2_000_000 or"
             " '2.0M' (with k, M, G or T)."
         )
     return float(number) if is_share else float(round(number))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

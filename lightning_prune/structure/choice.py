@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import scores
+from lightning_prune.door import number, patterns, shares, switch, whole
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.bits import Bits
 from lightning_prune.structure.budget import Budget
@@ -117,9 +118,10 @@ def pick(
 ) -> dict[str, tuple[int, ...]]:
     """As :func:`choose`, but as numbers of channels by group name, ascending."""
     round_to = fast_multiple(graph.model) if round_to == "auto" else round_to
-    for name, number in (("round_to", round_to), ("keep_at_least", keep_at_least)):
-        if type(number) is not int or number < 1:
-            raise ConfigurationError(f"{name} must be a whole number of at least 1, not {number!r}.")
+    switch("global_", global_)
+    whole("round_to", round_to, least=1)
+    whole("keep_at_least", keep_at_least, least=1)
+    whole("seed", seed)
     asked = Budget.of(budget)
     if ratio is not None and asked is not None:
         raise ConfigurationError(f"Give a ratio or a budget, not both (ratio={ratio!r}, {asked}).")
@@ -239,6 +241,7 @@ def pick_weights(
     """As :func:`choose_weights`, but as positions that go by group name."""
     if score not in WEIGHT_SCORES:
         raise ConfigurationError(f"score of single weights must be one of {', '.join(WEIGHT_SCORES)}, not {score!r}.")
+    whole("seed", seed)
     share = select(graph, ratio, ratios=ratios, ignore=ignore, scope="all")
     tensors = named_tensors(graph.model)
     generator = torch.Generator().manual_seed(seed)
@@ -272,14 +275,13 @@ def select(
     (``layer1.*``) or the name of a module that contains the layer. Where the traced model is part of a larger module,
     names count from either.
     """
+    number("ratio", ratio)
     if not 0 < ratio < 1:
         raise ConfigurationError(f"ratio must lie in (0, 1), not {ratio!r}; use `ignore` to leave layers as they are.")
     if scope not in SCOPES:
         raise ConfigurationError(f"scope must be one of {', '.join(SCOPES)}, not {scope!r}.")
-    ratios, ignore = dict(ratios or {}), [ignore] if isinstance(ignore, str) else list(ignore)
-    for pattern, value in ratios.items():
-        if not 0 <= value < 1:
-            raise ConfigurationError(f"The ratio of {pattern!r} must lie in [0, 1), not {value!r}.")
+    ratios = shares("ratios", ratios)
+    ignore = patterns("ignore", [ignore] if isinstance(ignore, str) else ignore)
     _all_match(graph, [pattern for pattern, value in ratios.items() if value], ignored=False)
     _all_match(graph, [*ignore, *(pattern for pattern, value in ratios.items() if not value)], ignored=True)
     allowed = scope == "all" if renormalise is None else renormalise

@@ -426,7 +426,7 @@ def test_a_second_pass_sets_out_from_a_slim_file(tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs=0"),
         ({"global_epochs": 4}, r"global_epochs=4 must lie in \[0, 4\)"),
         ({"global_epochs": -1}, "global_epochs=-1"),
-        ({"passes": 0}, "passes=0 must be a whole number of at least 1"),
+        ({"passes": 0}, "passes=0 must be at least 1"),
         ({"passes": 2, "mask_at": [1]}, "can't go with mask_at"),
         ({"mask_at": [0]}, r"mask_at=\[0\] must be ascending epochs from 1 to 3"),
         ({"mask_at": [4]}, "mask_at"),
