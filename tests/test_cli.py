@@ -163,6 +163,78 @@ if {tuned}:
 trainer.fit(Busy(), Data())
 """
 
+TWO_FITS = """
+import sys
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning_prune import GReg1, StructuralPruning
+from {module} import Data, Net
+
+
+class Counts(Callback):
+    def on_train_batch_end(self, *_):
+        with open("batches.txt", "a") as file:
+            file.write("x")
+
+
+class Noted(Net):
+    def training_step(self, batch, batch_idx):
+        self.logger.experiment.add_scalar("by_hand", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
+usual = {{"max_epochs": 9, "min_epochs": 3, "accelerator": "cpu", "accumulate_grad_batches": 2}}
+best = ModelCheckpoint(dirpath="kept", monitor="val_loss", save_weights_only=True)
+callbacks = [best, Counts(), EarlyStopping("val_loss"), RichProgressBar()]
+first = Trainer(callbacks=callbacks, check_val_every_n_epoch=4, **usual)
+first.fit(Noted(), Data())
+assert first.min_epochs == 3 and first.check_val_every_n_epoch == 4 and first.accumulate_grad_batches == 2
+assert first.callbacks[-1] is best
+first.validate(ckpt_path="best", datamodule=Data())
+path = sys.argv[1] if sys.argv[1:] else best.best_model_path
+model = Noted.load_from_checkpoint(path)
+{rest}
+"""
+
+SECOND = """
+callbacks = [GReg1(0.5, epochs=4), StructuralPruning()]
+Trainer(callbacks=callbacks, max_epochs=9, accelerator="cpu").fit(model, Data())
+"""
+
+SAME = """
+first.callbacks += [GReg1(0.5, start=1, epochs=4), StructuralPruning()]
+first.fit(model, Data())
+"""
+
+AT_EPOCHS = """
+from lightning.pytorch import Callback, Trainer
+from lightning_prune import GReg1, StructuralPruning
+from {module} import Data, Net
+
+
+class Reads(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch:
+            trainer.callback_metrics["val_loss"].item()
+
+
+class Reading(Net):
+    def on_train_epoch_start(self):
+        if self.current_epoch:
+            self.trainer.callback_metrics["val_loss"].item()
+
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch and {deep}:
+            self.trainer.callback_metrics["val_loss"].item()
+        return super().training_step(batch, batch_idx)
+
+
+callbacks = [GReg1(0.5, epochs=4), StructuralPruning(), Reads()]
+Trainer(max_epochs=9, accelerator="cpu", callbacks=callbacks).fit(Reading(), Data())
+"""
+
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
@@ -262,6 +334,45 @@ def test_what_a_busy_script_does_besides_leaves_no_file(
     assert (second["method"], second["start"], second["steps"]) == ("GReg1", 3, 6)
     assert json.loads(caught.out)["sparse_ms"] > 0 and "before: " in caught.err
     assert written() == before and Trainer.save_checkpoint is save
+
+
+@pytest.mark.parametrize(("rest", "start"), [(SECOND, 0), (SAME, 1)])
+def test_a_fit_before_the_one_that_prunes_is_let_through(
+    rest: str, start: int, module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One batch of it, whose checkpoint the script may load; the same trainer may prune next."""
+    Path("two.py").write_text(TWO_FITS.format(module=module, rest=rest))
+    before = written()
+    assert main(["plan", "--script", "two.py", "--json"]) == 0
+    caught = capsys.readouterr()
+    (stage,) = json.loads(caught.out)["stages"]
+    assert (stage["start"], stage["epochs"]) == (start, 4)
+    assert "One batch was run of each fit without pruning callbacks that came first (1)" in caught.err
+    batches = Path("batches.txt").read_text()
+    assert len(batches) == 1 if rest == SECOND else len(batches) > 1
+    assert written() == before | {"batches.txt"}
+
+
+@pytest.mark.usefixtures("module")
+def test_what_stops_a_script_after_a_fit_before_is_told(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("two.py").write_text(TWO_FITS.format(module=module, rest=SECOND))
+    assert main(["plan", "--script", "two.py", "--", "by_hand.ckpt"]) == 1
+    error = capsys.readouterr().err
+    assert "two.py stopped after a fit without pruning callbacks" in error and "by_hand.ckpt" in error
+    Path("two.py").write_text(TWO_FITS.format(module=module, rest=""))
+    assert main(["plan", "--script", "two.py"]) == 1
+    assert "no regulariser among the trainer's callbacks, in none of the fits" in capsys.readouterr().err
+
+
+def test_hooks_between_epochs_may_ask_for_validation(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those at an epoch's start are left out; whoever asks within a step is told what to do."""
+    Path("at_epochs.py").write_text(AT_EPOCHS.format(module=module, deep=False))
+    assert main(["plan", "--script", "at_epochs.py", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sparse_ms"] > 0
+    Path("at_epochs.py").write_text(AT_EPOCHS.format(module=module, deep=True))
+    assert main(["plan", "--script", "at_epochs.py"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "stopped in its epoch 1 (KeyError: 'val_loss')" in error and "callback_metrics.get(name)" in error
 
 
 @pytest.mark.usefixtures("module")

@@ -16,10 +16,11 @@ from rich.console import Console
 from lightning_prune.cli import tables
 from lightning_prune.cli.models import dense_model
 from lightning_prune.cli.preview import Preview, preview_of, round_to_of
-from lightning_prune.errors import ConfigurationError, PlanError
+from lightning_prune.errors import ConfigurationError, PlanError, PruningError
 from lightning_prune.reports import export as export_
 from lightning_prune.reports import read_report
 from lightning_prune.reports.report import write_text
+from lightning_prune.reports.wording import first_line
 from lightning_prune.structure import Plan, PruningPlan, choose, load_slim, prune_, save_slim, trace
 from lightning_prune.structure.slim_file import read_slim
 from lightning_prune.structure.sparsity import plan_from_json
@@ -84,12 +85,31 @@ def _preview_of_run(asked: argparse.Namespace, rest: Sequence[str]) -> Preview:
                 _run_configured(["fit", *configs, *rest])
         except Over:
             pass
+        except PruningError:
+            raise
+        except Exception as error:
+            if not found.passed:
+                raise
+            raise ConfigurationError(
+                f"{asked.script or 'The run'} stopped after a fit without pruning callbacks ({first_line(error)}). One"
+                " batch of that was run, and of its files only those of ModelCheckpoint are there to be loaded."
+            ) from error
         finally:
             sys.path.pop(0)
     if found.error is not None:
         raise found.error
+    if found.preview is None and found.passed:
+        raise ConfigurationError(
+            "There is no regulariser among the trainer's callbacks, in none of the fits; add one, such as GReg1, and"
+            " StructuralPruning."
+        )
     if found.preview is None:
         raise ConfigurationError(f"{asked.script} never called Trainer.fit, so there is no run to preview.")
+    if found.passed:
+        sys.stderr.write(
+            f"One batch was run of each fit without pruning callbacks that came first ({found.passed}); the widths go"
+            " by the weights after that.\n"
+        )
     return found.preview
 
 

@@ -7,14 +7,16 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
@@ -24,9 +26,12 @@ from lightning_prune.callbacks.dynamics import steps_per_epoch
 from lightning_prune.callbacks.neighbours import callbacks_of
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.callbacks.watching import PruningCallback, refuse_sharded_parameters
+from lightning_prune.cli.glance import LEFT_OUT, Glance, Nowhere
 from lightning_prune.cli.preview import Preview, Stage, preview_of
-from lightning_prune.errors import ConfigurationError
+from lightning_prune.errors import ConfigurationError, PruningError
 from lightning_prune.reports.silence import silence
+from lightning_prune.reports.wording import first_line
+from lightning_prune.structure.stopwatch import clock_of
 
 WARM, TIMED = 2, 8
 """Batches that are run before the clock counts, and those that it counts; once dense, once penalised."""
@@ -41,26 +46,41 @@ class Over(BaseException):
 
 @dataclass
 class Outcome:
-    """What came of a rehearsal: a preview, or why there is none; neither where no fit was called."""
+    """What came of a script: a preview of its first fit that prunes, or why there is none; neither without such a fit.
+
+    Args:
+        preview: of that fit.
+        error: that ended a fit.
+        passed: fits before it, without pruning callbacks; each had one batch.
+    """
 
     preview: Preview | None = None
     error: Exception | None = None
+    passed: int = 0
 
 
 class Rehearsal(Callback):
     """Watches the first batches of a fit and ends it with :class:`Over`.
 
+    A fit without pruning callbacks is left to a :class:`~lightning_prune.cli.glance.Glance`.
+
     Args:
+        folder: that is deleted in the end.
         batches: batch sizes at which latency is measured.
         variants: how the networks are run for that.
         processes: that the real run has.
         strategy: its class.
     """
 
-    def __init__(self, batches: Sequence[int], variants: Sequence[str], processes: int, strategy: type) -> None:
+    def __init__(
+        self, folder: str, batches: Sequence[int], variants: Sequence[str], processes: int, strategy: type
+    ) -> None:
+        self._folder = folder
         self._batches, self._variants = tuple(batches), tuple(variants)
         self._processes = processes
         self._strategy = strategy
+        self._clock: Callable[[], float] = time.perf_counter
+        self.gave_way = False
         self._stages: list[Stage] = []
         self._starts: list[int] = []
         self._dense: list[float] = []
@@ -80,19 +100,29 @@ class Rehearsal(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what the real run would, and leave out what a short run without validation can't have."""
+        callbacks = callbacks_of(trainer)  # a module's configure_callbacks has brought its own by now
+        self.gave_way = not any(isinstance(each, PruningCallback) for each in callbacks)
+        if self.gave_way:
+            glance = Glance(self._folder)
+            trainer.callbacks = [glance if each is self else each for each in callbacks]  # type: ignore[attr-defined]
+            glance.setup(trainer, pl_module, stage)  # whose turn in this round of the hook has passed
+            return
         refuse_sharded_parameters(self._strategy, find_partners(trainer)[0])
-        # a module's configure_callbacks has brought its own by now
-        kept = [each for each in callbacks_of(trainer) if not isinstance(each, _LEFT_OUT)]
+        trainer.limit_val_batches = 0
+        kept = [each for each in callbacks if not isinstance(each, LEFT_OUT)]
         trainer.callbacks = kept  # type: ignore[attr-defined]  # Lightning sets it from afar
         for callback in kept:
             if isinstance(callback, StructuralPruning):
                 callback.cut_when = "ready"
-            if not isinstance(callback, PruningCallback):
-                vars(callback)["on_train_epoch_end"] = _nothing
-        vars(pl_module)["on_train_epoch_end"] = _nothing
+        _leave_out_("on_train_epoch_end", trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From the second epoch on hooks may ask for what validation has found, and here it finds nothing."""
+        _leave_out_("on_train_epoch_start", trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the stages, with the steps that an epoch has on all processes of the real run."""
+        self._clock = clock_of(pl_module)
         loop, processes = trainer.fit_loop, self._processes
         if processes > 1 and loop.max_batches != math.inf:
             loop.max_batches = math.ceil(loop.max_batches / processes)
@@ -109,13 +139,13 @@ class Rehearsal(Callback):
         if self._seen is None:
             for partner in find_partners(trainer):
                 partner.start = NEVER
-        self._began = _now(pl_module)
+        self._began = self._now(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the clock; look at the network after the first batch, begin the sparse stages, and end."""
-        took = _now(pl_module) - self._began
+        took = self._now(pl_module) - self._began
         partners = find_partners(trainer)
         if self._seen is None:
             self._seen = self._look(partners, pl_module)
@@ -128,6 +158,21 @@ class Rehearsal(Callback):
                 partner.begin_early()
         elif len(self._penalised) == WARM + TIMED:
             raise Over
+
+    def explained(self, trainer: Trainer, error: Exception) -> Exception:
+        """The error, or one that says what may be behind it: from the second epoch on a real run knows more."""
+        if isinstance(error, PruningError) or not trainer.current_epoch or not isinstance(error, _OF_LACK):
+            return error
+        return ConfigurationError(
+            f"The rehearsal stopped in its epoch {trainer.current_epoch} ({first_line(error)})."
+            " It runs no validation: where the code reads what validation logs, let it do without, as by"
+            " callback_metrics.get(name)."
+        )
+
+    def _now(self, pl_module: LightningModule) -> float:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        return self._clock()
 
     def _look(self, partners: list[Regulariser], pl_module: LightningModule) -> Preview:
         capture = partners[0].capture
@@ -181,10 +226,12 @@ def _fastest(times: list[float]) -> float | None:
     return 1e3 * min(times[WARM:]) if len(times) > WARM else None
 
 
-def _now(pl_module: LightningModule) -> float:
-    if pl_module.device.type == "cuda":
-        torch.cuda.synchronize(pl_module.device)
-    return time.perf_counter()
+def _leave_out_(hook: str, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Silence a hook of the module, and of callbacks that are none of ours."""
+    vars(pl_module)[hook] = _nothing
+    for callback in callbacks_of(trainer):
+        if not isinstance(callback, (PruningCallback, Rehearsal)):
+            vars(callback)[hook] = _nothing
 
 
 @contextmanager
@@ -212,16 +259,13 @@ def rehearsing(batches: Sequence[int], variants: Sequence[str] = ("eager",)) -> 
             "devices": 1,
             "num_nodes": 1,
             "strategy": "auto",
-            "logger": kwargs.get("logger") is not False and _nowhere(folder),
-            "enable_checkpointing": False,
+            "logger": kwargs.get("logger") is not False and Nowhere(folder),
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
-            "limit_val_batches": 1,  # of a script that validates or tests before it trains
-            "limit_test_batches": 1,
-            "limit_predict_batches": 1,
+            **{name: int(kwargs.get(name) != 0) for name in _LIMITS},  # of what comes before the fit that prunes
             "default_root_dir": folder,
-            "callbacks": [each for each in _listed(kwargs.get("callbacks")) if not isinstance(each, _LEFT_OUT)],
+            "callbacks": [each for each in _listed(kwargs.get("callbacks")) if not isinstance(each, _UNSEEN)],
         }
         make(self, *args, **kwargs)
         rehearsed = _count(devices, self) * nodes, _strategy(strategy)
@@ -229,47 +273,53 @@ def rehearsing(batches: Sequence[int], variants: Sequence[str] = ("eager",)) -> 
 
     @functools.wraps(fit)
     def short(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        self.limit_val_batches = 0
-        rehearsal = Rehearsal(batches, variants, *getattr(self, "rehearsed", (1, SingleDeviceStrategy)))
+        rehearsal = Rehearsal(folder, batches, variants, *getattr(self, "rehearsed", (1, SingleDeviceStrategy)))
         self.callbacks.append(rehearsal)  # type: ignore[attr-defined]  # Lightning sets it from afar
         try:
             fit(self, *args, **{**kwargs, "ckpt_path": None})
         except Over:
             pass
         except Exception as error:  # a script that goes on after errors must not hide this one
-            found.error = error
+            found.error = rehearsal.explained(self, error)
             raise Over from error
+        if rehearsal.gave_way:
+            found.passed += 1
+            return
         found.preview = rehearsal.result()
         raise Over
+
+    @functools.wraps(save)
+    def aside(self: Trainer, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(folder) in Path(filepath).parents:
+            save(self, filepath, *args, **kwargs)
 
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         for name in ("lightning.pytorch", "lightning.fabric"):
             stack.enter_context(silence(name))
         stack.enter_context(redirect_stdout(sys.stderr))  # ours belongs to the preview alone
-        Trainer.__init__, Trainer.fit, Trainer.save_checkpoint = quiet, short, _nothing  # type: ignore[method-assign]
+        Trainer.__init__, Trainer.fit, Trainer.save_checkpoint = quiet, short, aside  # type: ignore[method-assign]
         try:
             yield found
         finally:
             Trainer.__init__, Trainer.fit, Trainer.save_checkpoint = make, fit, save  # type: ignore[method-assign]
 
 
-_LEFT_OUT = (Checkpoint, SaveConfigCallback, BatchSizeFinder, LearningRateFinder)
-"""Callbacks that write files, or that run trainings of their own."""
+_LIMITS = ("limit_val_batches", "limit_test_batches", "limit_predict_batches")
+
+_UNSEEN = (SaveConfigCallback, ProgressBar, ModelSummary)
+"""Callbacks that write or draw from the beginning."""
+
+_OF_LACK = (LookupError, AttributeError, TypeError, ValueError, MisconfigurationException)
+"""Errors of code that doesn't find what it looks for."""
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """In place of what is left out: at an epoch's end other people's code may ask for a metric of validation."""
+    """In place of what is left out: between epochs other people's code may ask for a metric of validation."""
 
 
 def _listed(callbacks: Any) -> list[Callback]:
     return [] if callbacks is None else [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
-
-
-def _nowhere(folder: str) -> Any:
-    from lightning.pytorch.loggers import CSVLogger
-
-    return CSVLogger(folder)
 
 
 def _count(devices: Any, trainer: Trainer) -> int:
