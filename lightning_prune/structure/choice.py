@@ -29,6 +29,9 @@ SCORES = ("bn_scale", "l1", "l2", "random")
 WEIGHT_SCORES = ("l1", "l2", "random")
 SCOPES = ("inner", "all")
 
+_BLOCK = 2**20
+"""Bytes of a weight that are scored at a time, for scores make copies of what they read."""
+
 
 def choose(
     graph: ChannelGraph,
@@ -352,8 +355,10 @@ def _mean_over(
 ) -> Tensor:
     found = []
     for name, dim in members:
-        rows = function(tensors[name].detach().float().movedim(dim, 0))
-        found.append(rows[group.index[name, dim].to(rows.device)].mean(dim=1))
+        weight = tensors[name].detach()
+        rows = max(1, _BLOCK * weight.shape[dim] // max(1, weight.nbytes))
+        values = torch.cat([function(block.float().movedim(dim, 0)) for block in weight.split(rows, dim)])
+        found.append(values[group.index[name, dim].to(values.device)].mean(dim=1))
     return torch.stack(found).mean(dim=0)
 
 
