@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_prune.callbacks.ascp import ASCP
     from lightning_prune.callbacks.checkpointing import SlimCheckpointMixin, load_from_checkpoint
+    from lightning_prune.callbacks.distillation import Distillation
     from lightning_prune.callbacks.greg import GReg1, GReg2
     from lightning_prune.callbacks.loading import LoadPruned
     from lightning_prune.callbacks.magnitude import Magnitude
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "lightning_prune.callbacks.ascp": ("ASCP",),
     "lightning_prune.callbacks.checkpointing": ("SlimCheckpointMixin", "load_from_checkpoint"),
+    "lightning_prune.callbacks.distillation": ("Distillation",),
     "lightning_prune.callbacks.greg": ("GReg1", "GReg2"),
     "lightning_prune.callbacks.loading": ("LoadPruned",),
     "lightning_prune.callbacks.mask_sparsity": ("MaskSparsity",),
@@ -88,6 +90,7 @@ __all__ = [
     "ChannelGraph",
     "ChannelGroup",
     "ConfigurationError",
+    "Distillation",
     "ExportError",
     "Flow",
     "GReg1",

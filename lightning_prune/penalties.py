@@ -236,6 +236,46 @@ def cluster_pull(
     return 0.5 * _inner(apart, gradients), gradients
 
 
+def distillation(student: Tensor, teacher: Tensor, temperature: float, dim: int = 1) -> tuple[Tensor, Tensor]:
+    r"""How far a student's softened predictions are from a teacher's, and the gradient by the student's logits.
+
+    .. math::
+        P(z) = \frac{T^2}{n} \sum_i \mathrm{KL}(p_i \,\Vert\, q_i), \quad p = \mathrm{softmax}(t / T),
+        \quad q = \mathrm{softmax}(z / T), \qquad \partial P / \partial z = \frac{T}{n} (q - p)
+
+    with :math:`n` predictions: samples, or positions where every position of a sample is classified. The factor
+    :math:`T^2` keeps the gradient's size where it is without softening. A single logit is the log odds of one class
+    against another one, whose logit is zero.
+
+    Args:
+        student: logits :math:`z`, any shape with classes along ``dim``; 1-d ones are single logits.
+        teacher: logits :math:`t` of the same shape.
+        temperature: :math:`T > 0`; a larger one shows more of what the teacher thinks of the wrong classes.
+        dim: along which the classes lie.
+
+    Returns:
+        The scalar value and the gradient in the logits' shape, both in single precision at least.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531.
+
+    >>> distillation(torch.zeros(1, 2), torch.tensor([[-torch.inf, 0.0]]), temperature=1.0)
+    (tensor(0.6931), tensor([[ 0.5000, -0.5000]]))
+    """
+    if student.dim() == 1:
+        value, gradient = distillation(student.unsqueeze(1), teacher.unsqueeze(1), temperature)
+        return value, gradient.squeeze(1)
+    wide = torch.promote_types(student.dtype, torch.float32)
+    logits = [each.detach().to(wide) / temperature for each in (student, teacher)]
+    is_single = student.shape[dim] == 1
+    if is_single:
+        logits = [torch.cat([each, torch.zeros_like(each)], dim) for each in logits]
+    q, p = (each.log_softmax(dim) for each in logits)
+    odds, count = p.exp(), student.numel() // student.shape[dim]
+    parts = (odds * (p - q)).masked_fill(odds == 0, 0)  # a class that is out of the question
+    gradient = (q.exp() - odds) * (temperature / count)
+    return parts.sum() * (temperature**2 / count), gradient.narrow(dim, 0, 1) if is_single else gradient
+
+
 def _decorrelation(weight: Tensor, rows: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """Value and gradients of a batch: weights ``(L, N, D)``, pruned rows ``(L, n)``."""
     index = rows.unsqueeze(2).expand(-1, -1, weight.shape[2])

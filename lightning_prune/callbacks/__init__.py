@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks.ascp import ASCP
     from lightning_prune.callbacks.base import Regulariser
     from lightning_prune.callbacks.checkpointing import SlimCheckpointMixin, load_from_checkpoint
+    from lightning_prune.callbacks.distillation import Distillation
     from lightning_prune.callbacks.greg import GReg1, GReg2
     from lightning_prune.callbacks.loading import LoadPruned
     from lightning_prune.callbacks.magnitude import Magnitude
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ASCP": "ascp",
+    "Distillation": "distillation",
     "GReg1": "greg",
     "GReg2": "greg",
     "LoadPruned": "loading",
@@ -37,6 +39,7 @@ _HOME = {
 
 __all__ = [
     "ASCP",
+    "Distillation",
     "GReg1",
     "GReg2",
     "LoadPruned",

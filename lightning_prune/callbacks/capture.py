@@ -174,7 +174,7 @@ class Capture:
         wanted = name == self._name if self._name is not None else any(True for _ in module.parameters())
 
         def enter(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self._watching or called is not module or _is_redirected(called):
+            if not self._watching or called is not module or is_redirected(called):
                 return
             outermost = self._depth == 0 or self._name is not None
             self._depth += 1
@@ -221,6 +221,6 @@ def _plain(module: nn.Module) -> Callable[[Any], Any]:
     return plain
 
 
-def _is_redirected(module: nn.Module) -> bool:
+def is_redirected(module: nn.Module) -> bool:
     """Whether this call is the wrapper's way into ``training_step`` (under DDP), not the user's own call."""
     return getattr(module.__dict__.get("forward"), "__name__", "") == "wrapped_forward"

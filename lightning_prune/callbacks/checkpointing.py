@@ -17,9 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.hooks import CheckpointHooks
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_prune.callbacks.neighbours import average_models
+from lightning_prune.callbacks.neighbours import average_models, callbacks_of
+from lightning_prune.callbacks.watching import PruningCallback
 from lightning_prune.errors import PlanError
 from lightning_prune.structure import Plan, prune_
 from lightning_prune.structure.plan import named_tensors, plain_name, submodule
@@ -94,6 +96,7 @@ def adapt_(
             raise PlanError(_misfit_message(misfit, "slim" if recorded else "dense"))
         _refuse_other_names(pl_module, checkpoint, "slim" if recorded else "dense", reader)
         _lengths(pl_module, recorded)
+        _announce(pl_module)
         try:
             for entry in missing:
                 _apply_(pl_module, entry)
@@ -195,6 +198,14 @@ def _recorded(checkpoint: Mapping[str, Any]) -> tuple[AppliedPlan, ...]:
         return tuple(AppliedPlan(str(module), plan_from_json(plan)) for module, plan in pairs)
     except (KeyError, TypeError) as error:
         raise PlanError(f"The checkpoint's {KEY!r} entry is damaged: {error!r}.") from error
+
+
+def _announce(pl_module: LightningModule) -> None:
+    trainer = pl_module._trainer
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, PruningCallback):
+                callback.before_cut(pl_module)
 
 
 def _apply_(pl_module: LightningModule, entry: AppliedPlan) -> None:

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 
 class Penalty(NamedTuple):
-    """A penalty's scalar value, the parameters it pulls at, and its gradients in their shapes."""
+    """A penalty's scalar value, the parameters (or what was computed of them) it pulls at, and its gradients there."""
 
     value: Tensor
-    parameters: Sequence[nn.Parameter]
+    parameters: Sequence[Tensor]
     gradients: Sequence[Tensor]
 
 
@@ -33,11 +33,17 @@ def uses_loss(trainer: Trainer, pl_module: LightningModule) -> bool:
     return pl_module.automatic_optimization and not unused
 
 
-def add_to_loss_(loss: Tensor, penalty: Callable[[], Penalty | None], trainer: Trainer) -> None:
+def add_to_loss_(loss: Tensor, penalty: Callable[[], Penalty | None], trainer: Trainer, instead: float = 0.0) -> None:
     """Add a penalty to the loss in ``on_before_backward``: as if ``training_step`` had returned it in the sum.
 
     There the loss is already divided by the accumulation factor and, in 16-bit mixed precision, multiplied by the
     gradient scale; the penalty gets both.
+
+    Args:
+        loss: is changed in place.
+        penalty: gives it, or nothing.
+        trainer: of this step.
+        instead: of which share of the loss the penalty takes the place.
     """
     with quietly(loss.device.type):
         found = penalty()
@@ -47,6 +53,8 @@ def add_to_loss_(loss: Tensor, penalty: Callable[[], Penalty | None], trainer: T
         value = _WithGradients.apply(found.value, tuple(found.gradients), *found.parameters)
         share = value / trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if instead:
+            loss.mul_(1 - instead)
         loss.add_((share if scaler is None else scaler.scale(share)).to(loss.dtype))
 
 

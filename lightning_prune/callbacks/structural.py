@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from lightning_prune.callbacks.accuracy import AccuracyColumns
 from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.checkpointing import attach_, detach_, history
 from lightning_prune.callbacks.decision import Decision, common_multiple, decide, find_partners
+from lightning_prune.callbacks.distillation import Distillation, Distiller
 from lightning_prune.callbacks.dynamics import is_last_batch
 from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
 from lightning_prune.callbacks.finetune import FinetuneStage
@@ -73,6 +75,13 @@ class StructuralPruning(PruningCallback):
         finetune_optimizer: builds the finetune stage's own optimiser from a list of parameters.
         finetune_scheduler: builds the finetune stage's own schedule, stepped once per optimiser step and counted from
             surgery; ``T_max``, ``total_steps`` or ``total_iters`` of -1 stands for all remaining steps.
+        distill: lets the finetune stage learn from the dense network too: ``{"temperature": 4, "weight": 0.5}``, see
+            :class:`~lightning_prune.Distillation`; costs a forward pass of the dense network per batch after surgery.
+        teacher: file of the dense network's weights to learn from, a checkpoint or a ``state_dict`` (``.ckpt``,
+            ``.pt``, ``.safetensors``); ``None`` takes the network as it is when the first sparse stage begins.
+        logits_from: name of the module inside the LightningModule whose output is the logits. ``None`` takes the
+            LightningModule's ``forward`` or, where ``training_step`` doesn't call that, the pruned network if no
+            callback names it.
         tolerance: largest relative difference between masked and slim network; ``None`` derives it from the dtype.
         latency_batches: batch sizes at which latency is measured before and after.
         latency_variants: how both networks are run for that: ``"eager"``, ``"channels_last"`` (for 2-d convolutions)
@@ -99,6 +108,9 @@ class StructuralPruning(PruningCallback):
         finetune: Literal["continue", "restart"] = "continue",
         finetune_optimizer: OptimizerCallable | None = None,
         finetune_scheduler: LRSchedulerCallable | None = None,
+        distill: Distillation | Mapping[str, Any] | None = None,
+        teacher: str | os.PathLike[str] | None = None,
+        logits_from: str | None = None,
         tolerance: float | None = None,
         latency_batches: Sequence[int] = (1, 64),
         latency_variants: Sequence[Literal["eager", "channels_last", "compiled"]] = ("eager",),
@@ -141,6 +153,9 @@ class StructuralPruning(PruningCallback):
         self.finetune = finetune
         self.finetune_optimizer = finetune_optimizer
         self.finetune_scheduler = finetune_scheduler
+        self.distill = Distillation.of(distill)
+        self.teacher = teacher if teacher is None else os.fspath(teacher)
+        self.logits_from = logits_from
         self.tolerance = tolerance
         self.latency_batches = tuple(batches)
         self.latency_variants = tuple(variants)
@@ -167,6 +182,7 @@ class StructuralPruning(PruningCallback):
         self._columns = AccuracyColumns(self.monitor)
         self._diary = Diary()
         self._publisher = Publisher(self.report_file)
+        self._distiller = Distiller(self.distill, self.teacher, self.logits_from)
         self._report: PruningReport | None = None
 
     @property
@@ -218,6 +234,7 @@ class StructuralPruning(PruningCallback):
         """After a resume behind surgery, build the finetune stage's optimiser before its state loads."""
         super().on_fit_start(trainer, pl_module)
         self._stage.check(trainer)
+        self._distiller.meet(trainer, pl_module, self._is_dense(), self._done)
         if self.monitor is not None and not trainer.enable_validation:
             if self.cut_when == "safe" and not self._done:
                 raise ConfigurationError('cut_when="safe" goes by validation, and this run has none.')
@@ -228,6 +245,10 @@ class StructuralPruning(PruningCallback):
         self._begin_stage(trainer, pl_module, held_parameters(trainer, pl_module))
         if self._averaged:
             go_on_averaging_(trainer, pl_module.device)
+
+    def before_cut(self, pl_module: LightningModule) -> None:
+        """The teacher is built as the module is now."""
+        self._distiller.keep_dense(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out the dense accuracy, where no validation will come before the sparse stage."""
@@ -248,6 +269,8 @@ class StructuralPruning(PruningCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Surgery, if it is due and no epoch start follows, or the last one was no occasion."""
+        if not self._done and trainer.current_epoch >= min(partner.start for partner in self._partners):
+            self._distiller.take(trainer, pl_module)
         # Before super's: the base begins to watch this batch, and it should watch the slim network.
         between_windows = batch_idx % trainer.accumulate_grad_batches == 0
         # A resumed run may begin with the first batch, without its epoch's start.
@@ -255,6 +278,7 @@ class StructuralPruning(PruningCallback):
         if self._is_due(trainer) and between_windows and no_other_chance:
             self._operate(trainer, pl_module, batches_done=batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._distiller.begin_batch(pl_module)
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self._done:
@@ -268,6 +292,7 @@ class StructuralPruning(PruningCallback):
     ) -> None:
         """At an epoch's end: see whether it is safe to cut, before any checkpoint is written."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._distiller.end_batch(trainer, pl_module, batch_idx)
         is_asked = self.cut_when == "safe" and not self._done and is_last_batch(trainer, batch_idx)
         if is_asked and another_epoch_starts(trainer, batch_idx + 1) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for partner in self._partners:
@@ -314,6 +339,7 @@ class StructuralPruning(PruningCallback):
             rank_zero_warn(sentence)
         self._budgets = [partner.outcome for partner in self._partners if partner.outcome is not None]
         held = held_parameters(trainer, pl_module)
+        self._distiller.begin(trainer, pl_module)
         operate_(trainer, pl_module, decision.module, decision.plan)
         self._decision, self._done = decision, True
         self._remaining = remaining_steps(trainer, batches_done)
@@ -362,16 +388,29 @@ class StructuralPruning(PruningCallback):
         network = submodule(pl_module, self._decision.module)
         config = configuration(trainer, [*self._partners, self])
         rest = self.monitor, tuple(self._remainders), tuple(self._budgets), common_multiple(self._partners), config
-        self._report = conclude(trainer, network, self._decision, inputs, seen, *rest)
+        found = conclude(trainer, network, self._decision, inputs, seen, *rest)
+        self._report = None if found is None else replace(found, distilled=self._distiller.summary)
         self._publish(trainer)
         if self._report is not None and trainer.is_global_zero:
             self._publisher.show(self._report)
         self.capture.close()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """The proof that a resumed run still owes."""
+        """The proof that a resumed run still owes; and what is to be learnt from the dense network."""
         super().on_before_backward(trainer, pl_module, loss)
         self._catch_up(trainer, pl_module)
+        self._distiller.add_(loss, trainer, self._network_name())
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Another forward pass may follow in the same batch."""
+        super().on_after_backward(trainer, pl_module)
+        self._distiller.go_on()
+
+    def _network_name(self) -> str | None:
+        """Of the network that was found without being named: its output is that of the whole."""
+        if any(each.module is not None for each in (self, *self._partners)):
+            return None
+        return self._decision.module if self._done and self._decision is not None else self.capture.name
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep masked weights still; and the proof, where manual optimisation has bypassed ``on_before_backward``."""
@@ -443,6 +482,7 @@ class StructuralPruning(PruningCallback):
         self._guard.lift_()
         self._permanent.let_go()
         self._dense = None
+        self._distiller.close()
         detach_(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -456,6 +496,7 @@ class StructuralPruning(PruningCallback):
             "decision": self._saved_decision(),
             "accuracy": dict(self._columns.values),
             "diary": self._diary.plain(),
+            "distillation": self._distiller.plain(),
             # without what the diary has
             "report": None if self._report is None else replace(self._report, history=(), validations=()).to_json(),
         }
@@ -471,6 +512,7 @@ class StructuralPruning(PruningCallback):
             self._decision = None if saved is None else Decision.from_plain(saved)
             self._columns.values = dict(state_dict["accuracy"])
             self._diary.restore(state_dict.get("diary", {}))
+            self._distiller.restore(state_dict.get("distillation", {}))
             report = state_dict["report"]
             known: Any = {"history": self._diary.moments, "validations": self._diary.validations}
             self._report = None if report is None else replace(PruningReport.from_json(report), **known)

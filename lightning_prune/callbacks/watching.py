@@ -65,6 +65,9 @@ class PruningCallback(Callback, ABC):
         else:
             self._capture = first.capture
 
+    def before_cut(self, pl_module: LightningModule) -> None:
+        """A checkpoint of a slim network, about to be loaded for a fit, is going to cut this module."""
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch this batch's forward call."""
         if not self.finished:

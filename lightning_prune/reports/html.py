@@ -153,6 +153,7 @@ def _cost(report: PruningReport) -> str:
     ]
     notes = [f"MACs are multiply-adds, counted by fvcore{uncounted(after.uncounted)}."]
     notes += [f"B{str(outcome)[1:]}." for outcome in report.budgets]
+    notes += [f"{report.distilled}."] if report.distilled is not None else []
     notes += [f"Widths are multiples of {report.round_to}."] if report.round_to > 1 else []
     return _table(("", "before", "after", "change"), rows) + f'<p class="note">{escape(" ".join(notes))}</p>'
 

@@ -75,6 +75,30 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """What the finetune stage learns from beside its own loss.
+
+    Args:
+        temperature: by which both networks' logits are divided.
+        weight: share of the loss that the teacher's part has.
+        teacher: where its weights come from.
+        logits_from: name of the module that gives the logits; ``""`` for the LightningModule.
+
+    >>> print(Distilled(4, 0.5, "the dense network as of epoch 12", "net"))
+    Distilled from the dense network as of epoch 12: temperature 4, weight 0.5, logits of net
+    """
+
+    temperature: float
+    weight: float
+    teacher: str
+    logits_from: str
+
+    def __str__(self) -> str:
+        told = f"temperature {self.temperature:g}, weight {self.weight:g}, logits of {self.logits_from or 'forward'}"
+        return f"Distilled from {self.teacher}: {told}"
+
+
+@dataclass(frozen=True)
 class PruningReport:
     """What one surgery did.
 
@@ -104,6 +128,7 @@ class PruningReport:
         config: name of a callback, the trainer or an optimiser -> argument -> value, all that JSON can hold.
         commit: of the repository that the run was started in; ``None`` where there is none.
         exports: files that were made of the slim network, and how far each departs from it.
+        distilled: how the finetune stage learns from the dense network; ``None`` where it doesn't.
 
     Raises:
         ConfigurationError: ``accuracy`` knows another stage, ``unit`` is another, or the latencies were taken at
@@ -137,6 +162,7 @@ class PruningReport:
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     commit: str | None = None
     exports: Sequence[Export] = ()
+    distilled: Distilled | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.accuracy) - set(STAGES))
@@ -198,6 +224,8 @@ class PruningReport:
             values[name] = [Latency(**latency) for latency in values[name]]
         values["budgets"] = [Outcome(**outcome) for outcome in values.get("budgets", ())]
         values["history"] = [Moment(**moment) for moment in values.get("history", ())]
+        distilled = values.get("distilled")
+        values["distilled"] = None if distilled is None else Distilled(**distilled)
         values["exports"] = [Export(**each) for each in values.get("exports", ())]
         values["validations"] = [Validation(**validation) for validation in values.get("validations", ())]
         return cls(**values)

@@ -61,6 +61,7 @@ def _caption(report: PruningReport) -> str:
         lines.append(f"Latency: median (interquartile range) on {latency.device}, {latency.threads} thread(s).")
     lines += filter(None, [advice((each.batch, each.variant) for each in report.fastest)])
     lines += [f"B{str(outcome)[1:]}." for outcome in report.budgets]
+    lines += [f"{report.distilled}."] if report.distilled is not None else []
     lines += [f"Widths are multiples of {report.round_to}."] if report.round_to > 1 else []
     if report.unit == "channels":
         lines.append(f"Slim network against masked network: {report.error:.1e} of the largest output.")

@@ -1,0 +1,268 @@
+"""The dense network that the slim one learns from: its weights, the file they are kept in, and what it says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_prune.callbacks.ranks import agreed, run_together
+from lightning_prune.callbacks.restart import read_weights, saved_tensors, weights_of
+from lightning_prune.errors import ConfigurationError
+from lightning_prune.structure.drafts import draft_of
+from lightning_prune.structure.plan import submodule
+from lightning_prune.structure.replica import replica, to_device, uncompiled
+from lightning_prune.structure.weight_file import digest_of, pack, unpack
+
+FILE = "teacher.safetensors"
+
+
+class Teacher:
+    """The network as it was when the sparse stage began, or as a file has it; frozen, in evaluation mode.
+
+    Until surgery it is no more than weights on the CPU, rank 0's on every rank. They are written once beside the
+    checkpoints, and a checkpoint remembers the digest of that file: a resumed run takes no other one for it. No module
+    registers the network, so no optimiser, checkpoint, average or bucket of DDP knows of it.
+
+    Args:
+        path: of a file with the dense network's weights; ``None`` takes them from the network in training.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else os.fspath(path)
+        self.record: dict[str, Any] | None = None
+        self.network: nn.Module | None = None
+        self._weights: dict[str, Tensor] | None = None
+        self._given: dict[str, Tensor] = {}
+        self._dense: nn.Module | None = None
+        self._unknown: list[str] = []
+        self._awake = set[str]()
+
+    @property
+    def source(self) -> str:
+        """Where its weights come from, in words."""
+        return "" if self.record is None else str(self.record["source"])
+
+    def restore(self, record: Mapping[str, Any] | None) -> None:
+        """Take over what a checkpoint remembers."""
+        known = None if record is None else dict(record)
+        if known is None or self.record is None or known["digest"] != self.record["digest"]:
+            self._weights = self.network = None
+        self.record = known
+
+    def keep_dense(self, pl_module: LightningModule) -> None:
+        """A checkpoint of the slim network is about to cut this module: remember how it is built."""
+        self._dense = replica(pl_module, "cpu")
+
+    def meet(self, trainer: Trainer, pl_module: LightningModule, is_dense: bool) -> None:
+        """Before the first step: read what there is to read. Every rank has to call it.
+
+        Args:
+            trainer: about to begin, or to go on.
+            pl_module: in training.
+            is_dense: whether no sparse stage has begun.
+
+        Raises:
+            ConfigurationError: a file is missing or does not fit, or nothing tells what the dense network was.
+        """
+        if self._weights is not None or self.network is not None:
+            return
+        if self.record is not None:
+            self._recall(trainer, pl_module)
+        elif self.path is not None:
+            self._given = self._read(trainer, pl_module)
+            if not is_dense:
+                self._adopt(trainer, self._given, str(self.path))
+        elif not is_dense:
+            raise ConfigurationError(
+                "The checkpoint knows no teacher, and its network isn't dense any more: give teacher=PATH, or resume"
+                " from before the sparse stage."
+            )
+
+    def take(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Now, as the first sparse stage begins, unless that is done. Every rank has to call it."""
+        if self.record is None:
+            source = f"the dense network as of epoch {trainer.current_epoch}" if self.path is None else self.path
+            own = run_together(trainer, lambda: weights_of(pl_module), "The teacher")
+            self._adopt(trainer, {**own, **self._given}, source)
+            self._given = {}
+
+    def build(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Become a network: right before surgery, or after a resume behind it."""
+        if self.network is not None or self._weights is None:
+            return
+        self.network = run_together(trainer, lambda: self._built(trainer, pl_module), "The teacher")
+        self._weights = self._dense = None
+
+    @torch.no_grad()
+    def ask(
+        self, root: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    ) -> list[Any]:
+        """What one of its modules puts out whenever it is called, in a call of a module around it.
+
+        Args:
+            root: name of the called module, ``""`` for the LightningModule.
+            name: of the module whose outputs are wanted.
+            args: as the student's is called; left as they are.
+            kwargs: the same.
+            device: the student's.
+
+        Raises:
+            ConfigurationError: it can't be called so, or nothing is known of a part of it.
+        """
+        if self.network is None:
+            return []
+        module, found = submodule(self.network, root), list[Any]()
+        if root not in self._awake:
+            lost = [each for each in self._unknown if each.startswith(f"{root}." if root else "")]
+            if lost:
+                raise ConfigurationError(f"teacher={self.path!r} lacks {lost[0]!r}, which {root or 'forward'} has.")
+            module.to(device)
+            self._awake.add(root)
+        handle = submodule(self.network, name).register_forward_hook(lambda *call: found.append(call[2]))
+        try:
+            module(*to_device(args, None), **to_device(kwargs, None))
+        except Exception as error:
+            first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+            raise ConfigurationError(
+                f"The teacher can't run on what {root or 'the LightningModule'} is called with ({first}); name the"
+                " whole network with logits_from=...."
+            ) from error
+        finally:
+            handle.remove()
+        return found
+
+    def sleep(self) -> None:
+        """Go back to the CPU."""
+        self._awake.clear()
+        if self.network is not None:
+            self.network.cpu()
+
+    def _built(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
+        network = uncompiled(replica(pl_module, "cpu") if self._dense is None else self._dense)
+        trainer.precision_plugin.convert_module(network)
+        own, weights = saved_tensors(network), self._weights or {}
+        for name, value in weights.items():
+            if name not in own or own[name].shape != value.shape:
+                found = "nothing of that name" if name not in own else f"shape {tuple(own[name].shape)}"
+                raise ConfigurationError(
+                    f"The teacher does not fit this module: {name!r} has shape {tuple(value.shape)} there, and here"
+                    f" is {found}; resume with a fresh dense module of the class it was trained with."
+                )
+            own[name].copy_(value)
+        self._unknown = [name for name in own if name not in weights]
+        for module in network.modules():
+            if isinstance(module, LightningModule):
+                vars(module).update(log=_nothing, log_dict=_nothing)  # it has nothing to say but its logits
+        return network.requires_grad_(False).eval()
+
+    def _read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+        network = uncompiled(replica(pl_module, "meta")) if self._dense is None else self._dense
+
+        def read() -> dict[str, Tensor]:
+            return read_weights(str(self.path), network, "teacher") if trainer.is_global_zero else {}
+
+        return agreed(trainer, read, "The teacher")
+
+    # The file.
+
+    def _adopt(self, trainer: Trainer, weights: dict[str, Tensor], source: str) -> None:
+        """Rank 0's weights on all ranks, and in a file."""
+        self._weights = agreed(trainer, lambda: weights, "The teacher")
+        folder = _folder(trainer)
+
+        def keep() -> dict[str, Any]:
+            return self._kept(trainer, folder, pack(self._weights or {}), source) if trainer.is_global_zero else {}
+
+        self.record = agreed(trainer, keep, "The teacher")
+
+    def _kept(self, trainer: Trainer, folder: str, data: bytes, source: str) -> dict[str, Any]:
+        digest, name = digest_of(data), None
+        try:
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from afar
+                name = _write(folder, data, digest)
+        except Exception as error:  # a full disk, a folder that can't be written
+            rank_zero_warn(
+                f"The teacher can't be written to {folder} ({type(error).__name__}: {error}); training goes on, but a"
+                " resumed run will need teacher=PATH."
+            )
+        return {"file": name, "folder": folder, "digest": digest, "source": source}
+
+    def _recall(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = _folder(trainer)
+
+        def find() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+            if not trainer.is_global_zero or self.record is None:
+                return None
+            before = "" if trainer.ckpt_path is None else os.path.dirname(str(trainer.ckpt_path))
+            data = _found(self.record, [before, str(self.record["folder"]), folder])
+            return None if data is None else (unpack(data), self._kept(trainer, folder, data, self.source))
+
+        found = agreed(trainer, find, "The teacher")
+        if found is not None:
+            self._weights, self.record = found
+        elif self.path is not None:
+            self._adopt(trainer, self._read(trainer, pl_module), self.path)
+        else:
+            known = self.record or {}
+            raise ConfigurationError(
+                f"The teacher of this run, {known.get('file') or FILE!r} with SHA-256 {str(known.get('digest'))[:12]},"
+                f" lies neither beside the checkpoint nor in {known.get('folder')}; put it there, or give teacher=PATH."
+            )
+
+
+def _folder(trainer: Trainer) -> str:
+    """Where checkpoints go, or else what belongs to the run; asks all ranks."""
+    folder = trainer.log_dir or trainer.default_root_dir
+    keeper = trainer.checkpoint_callback
+    folder = str(getattr(keeper, "dirpath", None) or folder)
+    return folder if "://" in folder else os.path.abspath(folder)
+
+
+def _write(folder: str, data: bytes, digest: str) -> str:
+    """Writes a file and gives its name; a file of the same content serves as well, any other one stays."""
+    system = get_filesystem(folder)
+    system.makedirs(folder, exist_ok=True)
+    for number in count():
+        name = f"{Path(FILE).stem}-{number}{Path(FILE).suffix}" if number else FILE
+        path = os.path.join(folder, name)
+        if system.exists(path):
+            if _is_it(path, digest):
+                return name
+        elif "://" in folder:
+            system.pipe_file(path, data)
+            return name
+        else:
+            with draft_of(path) as draft:
+                draft.write_bytes(data)
+            return name
+    raise ConfigurationError(f"{folder} has no free name.")  # unreachable: there is always another number
+
+
+def _found(record: Mapping[str, Any], folders: Sequence[str]) -> bytes | None:
+    """The file's content, from the first folder that has it."""
+    for folder in dict.fromkeys(folders) if record["file"] else ():
+        path = os.path.join(folder, str(record["file"]))
+        if _is_it(path, str(record["digest"])):
+            data: bytes = get_filesystem(path).cat_file(path)
+            return data
+    return None
+
+
+def _is_it(path: str, digest: str) -> bool:
+    try:
+        return digest_of(get_filesystem(path).cat_file(path)) == digest
+    except OSError:
+        return False
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
