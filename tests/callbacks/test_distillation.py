@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from lightning_prune import GReg1, LoadPruned, Magnitude, save_slim
 from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.callbacks.teacher import FILE
+from lightning_prune.cli import main
 from lightning_prune.errors import ConfigurationError, PruningError
 from lightning_prune.reports.files import read_report
 from lightning_prune.reports.report import PruningReport
@@ -711,3 +715,79 @@ def test_the_report_says_so(tmp_path: Path) -> None:
     assert PruningReport.from_json(without).distilled is None
     metrics = next(tmp_path.rglob("metrics.csv")).read_text(encoding="utf-8")
     assert "distillation/loss" in metrics
+
+
+# YAML, flags, preview.
+
+PRUNE = """
+trainer:
+  max_epochs: 4
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_prune.Magnitude
+      init_args: {ratio: 0.5, start: 1, epochs: 1}
+    - class_path: lightning_prune.StructuralPruning
+      init_args:
+        latency_batches: []
+        logits_from: net
+        teacher: dense.pt
+        distill: {temperature: 2, weight: 0.25}
+"""
+
+
+@pytest.fixture
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning uses jsonargparse's old names
+    monkeypatch.setattr(sys, "argv", ["train"])  # LightningCLI warns of pytest's own arguments
+    Path("prune.yaml").write_text(PRUNE)
+    torch.save(seeded(Residual, seed=5).state_dict(), "dense.pt")
+
+
+def cli(*args: str) -> LightningCLI:
+    options: Any = {"run": False, "seed_everything_default": False, "save_config_callback": None}
+    return LightningCLI(Task, args=["--config", "prune.yaml", *args], **options)
+
+
+@pytest.mark.usefixtures("configured")
+def test_it_is_written_in_yaml() -> None:
+    made = cli()
+    Path("prune.yaml").write_text(made.parser.dump(made.config))
+    again = cli()
+    assert made.parser.dump(made.config) == again.parser.dump(again.config)
+    surgery = next(each for each in again.trainer.callbacks if isinstance(each, StructuralPruning))
+    assert surgery.distill == Distillation(2.0, 0.25) and surgery.logits_from == "net" and surgery.teacher == "dense.pt"
+    again.trainer.fit(again.model, image_loader(BATCHES), image_loader(3))
+    assert surgery.finished and Path(FILE).exists()
+    assert "distillation/loss" in again.trainer.callback_metrics
+
+
+@pytest.mark.usefixtures("configured")
+def test_flags_change_it() -> None:
+    made = cli("--trainer.callbacks.distill.weight=0.5")
+    surgery = next(each for each in made.trainer.callbacks if isinstance(each, StructuralPruning))
+    assert surgery.distill == Distillation(2.0, 0.5)
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_preview_neither_trains_nor_writes_a_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    """What can't work is said there already."""
+    Path("train.py").write_text(
+        "from lightning.pytorch import Trainer\n"
+        "from lightning_prune import Magnitude, StructuralPruning\n"
+        "from tests.callbacks.nets import image_loader\n"
+        "from tests.callbacks.slimming import Task\n"
+        "import sys\n"
+        "pruning = StructuralPruning(distill={'temperature': 4}, logits_from=sys.argv[1])\n"
+        "trainer = Trainer(max_epochs=9, accelerator='cpu', callbacks=[Magnitude(0.5, epochs=3), pruning])\n"
+        "trainer.fit(Task(), image_loader(6), image_loader(3))\n"
+    )
+    assert main(["plan", "--script", "train.py", "--json", "--", "net.head"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"]
+    assert main(["plan", "--script", "train.py", "--json", "--", "accuracy"]) == 1
+    assert "never calls accuracy" in capsys.readouterr().err
+    assert not list(Path().rglob("teacher*"))
