@@ -182,7 +182,7 @@ def main() -> None:
     print("Accuracy on the whole validation set:")
     for name, value in rows.items():
         print(f"  {name:<24}{value:.4f}")
-    print(f"Slim file: {path}. Report: {args.out / 'report.html'}.")
+    print(f"Slim file: {path}. Report: {(pruning.report_path or args.out / 'report.json').with_suffix('.html')}.")
     print(f"One fit of {trainer.max_epochs} epochs: {seconds:.0f} seconds.")
 
 

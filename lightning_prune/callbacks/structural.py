@@ -87,7 +87,7 @@ class StructuralPruning(PruningCallback):
         latency_variants: how both networks are run for that: ``"eager"``, ``"channels_last"`` (for 2-d convolutions)
             and ``"compiled"`` (by ``torch.compile``, which takes minutes); the report says which one is the fastest.
         report_file: name of the report in the run's directory; the same as a page stands beside it, under ``.html``.
-            ``None`` writes neither.
+            What is there already stays: the name becomes ``report-v1.json`` then. ``None`` writes neither.
 
     Raises:
         ConfigurationError: an argument is out of range, or contradicts another or the trainer.
@@ -253,6 +253,7 @@ class StructuralPruning(PruningCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out the dense accuracy, where no validation will come before the sparse stage."""
         super().on_train_start(trainer, pl_module)
+        self._publisher.settle(trainer)
         if not self._done:
             refuse_late_surgery(trainer, self._partners, self.at_epoch)
         begins_now = min(partner.start for partner in self._partners) <= trainer.current_epoch
@@ -498,6 +499,7 @@ class StructuralPruning(PruningCallback):
             "diary": self._diary.plain(),
             "distillation": self._distiller.plain(),
             # without what the diary has
+            "report_name": self._publisher.name,
             "report": None if self._report is None else replace(self._report, history=(), validations=()).to_json(),
         }
 
@@ -513,6 +515,7 @@ class StructuralPruning(PruningCallback):
             self._columns.values = dict(state_dict["accuracy"])
             self._diary.restore(state_dict.get("diary", {}))
             self._distiller.restore(state_dict.get("distillation", {}))
+            self._publisher.resume(state_dict.get("report_name"))
             report = state_dict["report"]
             known: Any = {"history": self._diary.moments, "validations": self._diary.validations}
             self._report = None if report is None else replace(PruningReport.from_json(report), **known)

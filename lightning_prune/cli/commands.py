@@ -193,19 +193,24 @@ def export(asked: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _report_of(file: str, plan: Plan, asked: str | None) -> Path | None:
-    """The report of the surgery that made a slim file: the one asked for, or one that lies beside it."""
-    path = Path(asked) if asked else Path(file).with_name("report.json")
-    try:
-        report = read_report(path)
-    except ConfigurationError:
-        if asked:
-            raise
-        return None
-    if {name: (before, after) for name, before, after in report.layers} == tables.counts(plan):
-        return path
+    """The report of the surgery that made a slim file: the one asked for, or the latest that lies beside it."""
     if asked:
-        raise ConfigurationError(f"{path} is the report of another surgery than the one that made {file}.")
+        if not _is_report_of(plan, Path(asked)):
+            raise ConfigurationError(f"{asked} is the report of another surgery than the one that made {file}.")
+        return Path(asked)
+    near = sorted(Path(file).parent.glob("report*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in near:
+        try:
+            if _is_report_of(plan, path):
+                return path
+        except ConfigurationError:
+            continue
     return None
+
+
+def _is_report_of(plan: Plan, path: Path) -> bool:
+    report = read_report(path)
+    return {name: (before, after) for name, before, after in report.layers} == tables.counts(plan)
 
 
 def _inputs(asked: argparse.Namespace) -> tuple[Any, ...]:

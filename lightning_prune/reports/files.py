@@ -57,17 +57,26 @@ def page_of(path: str | os.PathLike[str]) -> Path:
 
 
 def free_path(path: Path) -> Path:
-    """The path itself, unless a file of that name, or of its page's, is none that a run has written; else a near one.
+    """The path itself, unless there is a file of that name, or of its page's; else one with a version, ``report-v1``.
 
     >>> free_path(Path("/nowhere/report.json")).name
     'report.json'
     """
-    names = (path if not number else path.with_stem(f"{path.stem}-{number}") for number in count())
-    return next(name for name in names if _is_ours(name) and _is_ours(page_of(name)))
+    names = (path if not number else path.with_stem(f"{path.stem}-v{number}") for number in count())
+    return next(name for name in names if not any(map(os.path.lexists, (name, page_of(name)))))
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether a report may be written there: what is there, and its page, are a run's own.
+
+    >>> is_replaceable(Path("/nowhere/report.json"))
+    True
+    """
+    return _is_ours(path) and _is_ours(page_of(path))
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nothing is lost if the file is written."""
+    """Whether nothing but a report is lost if the file is written."""
     if not os.path.lexists(path):
         return True
     try:

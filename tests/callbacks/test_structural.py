@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
+    LambdaCallback,
     ModelCheckpoint,
     RichProgressBar,
     StochasticWeightAveraging,
@@ -286,18 +287,38 @@ def test_a_report_that_cant_be_written_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_a_report_replaces_nobody_elses_file(tmp_path: Path) -> None:
-    """What an earlier run of ours has left is replaced."""
     (tmp_path / "report.html").write_text("<p>accounts of a year</p>")
-    (tmp_path / "report-1.json").write_text("{}")
-    with pytest.warns(UserWarning, match=r"report goes to .*report-2\.json: a file of the usual name is none of ours"):
+    (tmp_path / "report-v1.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"report goes to .*report-v2\.json: there is a file of the usual name"):
         surgery = run(tmp_path, surgery=surgeon(monitor="val_acc")).surgery
-    assert surgery.report_path == tmp_path / "report-2.json"
-    assert read_report(surgery.report_path) == surgery.report and (tmp_path / "report-2.html").is_file()
+    assert surgery.report_path == tmp_path / "report-v2.json"
+    assert read_report(surgery.report_path) == surgery.report and (tmp_path / "report-v2.html").is_file()
     assert (tmp_path / "report.html").read_text() == "<p>accounts of a year</p>"
-    assert (tmp_path / "report-1.json").read_text() == "{}" and not (tmp_path / "report.json").exists()
-    (tmp_path / "report.html").unlink()
-    for _ in range(2):
-        assert run(tmp_path).surgery.report_path == tmp_path / "report.json"
+    assert (tmp_path / "report-v1.json").read_text() == "{}" and not (tmp_path / "report.json").exists()
+
+
+def test_a_second_run_leaves_the_report_of_the_first(tmp_path: Path) -> None:
+    """As ModelCheckpoint does, with a version; a resumed run goes on with its own, before surgery and behind."""
+    first = run(tmp_path).surgery
+    text = (tmp_path / "report.json").read_text()
+
+    def keep(trainer: Trainer, _: Any) -> None:
+        trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def again(folder: Path, **settings: Any) -> StructuralPruning:
+        keeper = LambdaCallback(on_train_epoch_end=keep)
+        return run(folder, keeper, surgery=surgeon(monitor="val_acc"), **settings).surgery
+
+    second = again(tmp_path)
+    assert (first.report_path, second.report_path) == (tmp_path / "report.json", tmp_path / "report-v1.json")
+    assert (tmp_path / "report-v1.html").is_file() and read_report(tmp_path / "report-v1.json") == second.report
+    for epoch in (2, 0):
+        path, other = tmp_path / f"{epoch}.ckpt", tmp_path / str(epoch)
+        assert again(other, ckpt_path=path).report_path.parent == other
+        (tmp_path / "report-v1.html").unlink()
+        assert again(tmp_path, ckpt_path=path).report_path == tmp_path / "report-v1.json"
+        assert (tmp_path / "report-v1.html").is_file()
+    assert (tmp_path / "report.json").read_text() == text and not list(tmp_path.glob("report-v2*"))
 
 
 @pytest.mark.parametrize("fault", ["html._cost", "tables._caption", "report.PruningReport.write"])
