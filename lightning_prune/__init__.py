@@ -9,6 +9,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_prune.short_names import CLI, Follower, is_underway
+
 if TYPE_CHECKING:
     from lightning_prune.callbacks.ascp import ASCP
     from lightning_prune.callbacks.checkpointing import SlimCheckpointMixin, load_from_checkpoint
@@ -133,7 +135,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _installed_version()
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        found = getattr(import_module(_HOME[name]), name)
+        if CLI in sys.modules and not is_underway():
+            _load()
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -151,6 +156,13 @@ def __dir__() -> list[str]:
     return __all__
 
 
-if "lightning.pytorch" in sys.modules:  # LightningCLI knows by their short names the classes that exist
-    for _home in _HOMES:
-        import_module(_home)
+def _load() -> None:
+    for home, names in _HOMES.items():
+        module = import_module(home)
+        globals().update({name: getattr(module, name) for name in names})
+
+
+if "lightning.pytorch" in sys.modules:
+    _load()
+else:
+    sys.meta_path.insert(0, Follower(_load))

@@ -408,7 +408,13 @@ def test_a_typo_in_the_config_is_named(module: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "-c", "base.yaml", "-c", "typo.yaml"])
     assert stopped.value.code == 2
-    assert "ratoi" in capsys.readouterr().err
+    assert "ratoi" in (said := capsys.readouterr().err) and "--script" not in said
+    Path("prune.yaml").write_text(PRUNE.format(method="GReg1", epochs=3))
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "-c", "prune.yaml"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "usage: lightning-prune plan" in said and "No model is named: where the script that trains does" in said
 
 
 def test_flags_alone_add_pruning(module: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -526,6 +532,7 @@ def test_what_round_to_auto_has_found_is_told(
         (["plan", "--model", "torch.Tensor", "--input", "1,2"], 1, "makes a Tensor, not a torch.nn.Module"),
         (["plan", "--model", "torch.nn.ReLU", "--input", "1,2", "--config", "a.yaml"], 1, "a preview of its own"),
         (["plan", "--script", "none.py"], 2, "There is no script none.py"),
+        (["plan", "--config", "none.yaml"], 2, "There is no file none.yaml"),
         (["plan", "diff", "none.json", "none.json"], 2, "There is no file none.json"),
         (["inspect", "none.safetensors"], 2, "There is no file none.safetensors"),
         (["inspect", "foreign.json/plan.json"], 2, "foreign.json/plan.json"),
@@ -558,6 +565,8 @@ def test_errors_are_one_line(
         (["inspect", "a", "--fast"], "unrecognized arguments: --fast"),
         (["plan", "--model", "m", "--input", "3,a"], "'3,a' is no shape"),
         (["plan", "--model", "m", "--model-args", "[]"], "is no JSON object"),
+        (["plan", "--model", "m", "--input", "1,3", "--budgett", "1"], "unrecognized arguments: --budgett 1"),
+        (["plan", "--model", "m", "--round-to", "eight"], "'eight' is no whole number of at least 1; or write auto"),
     ],
 )
 def test_wrong_usage_ends_with_two(command: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,17 +37,26 @@ def test_every_name_of_the_rooms_is_sorted_and_found(room: str) -> None:
         _ = module.unknown
 
 
-def test_lightning_cli_knows_short_names() -> None:
-    """As soon as a script has imported both."""
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from lightning.pytorch.cli import LightningCLI\nimport lightning_prune",
+        "import lightning_prune\nfrom lightning.pytorch.cli import LightningCLI",
+        "import lightning_prune, lightning.pytorch\nfrom lightning.pytorch.cli import LightningCLI",
+        "from lightning_prune import StructuralPruning\nfrom lightning.pytorch.cli import LightningCLI",
+        "from lightning_prune.callbacks import Magnitude\nfrom lightning.pytorch.cli import LightningCLI",
+        "from lightning_prune import choose\nfrom lightning.pytorch.cli import LightningCLI",
+    ],
+)
+def test_lightning_cli_knows_short_names(imports: str) -> None:
+    """As soon as a script has imported both, in whichever order."""
     code = """
-        from lightning.pytorch.cli import LightningCLI
-        import lightning_prune
         flags = ["--trainer.callbacks=GReg1", "--trainer.callbacks.ratio=0.5", "--trainer.callbacks.epochs=3"]
         flags += ["--trainer.callbacks+=StructuralPruning", "--model=BoringModel", "--trainer.logger=false"]
         cli = LightningCLI(subclass_mode_model=True, run=False, args=flags)
         assert [type(callback).__name__ for callback in cli.trainer.callbacks[:2]] == ["GReg1", "StructuralPruning"]
     """
-    code = "from lightning.pytorch.demos.boring_classes import BoringModel\n" + textwrap.dedent(code)
+    code = f"{imports}\nfrom lightning.pytorch.demos.boring_classes import BoringModel\n{textwrap.dedent(code)}"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["plan"] and words[1:2] in (["diff"], ["apply"]):
         words[:2] = [" ".join(words[:2])]  # beside a nested parser no argument could be left for LightningCLI
     asked, rest = parser.parse_known_args(words)
-    if rest and not asked.takes_rest:
+    if rest and (not asked.takes_rest or asked.model is not None):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status: int = asked.run(asked, rest)

@@ -118,6 +118,8 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _multiple(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1; or write auto")
     return text if text == "auto" else int(text)
 
 

@@ -25,11 +25,13 @@ from lightning_prune.structure import Plan, PruningPlan, choose, load_slim, prun
 from lightning_prune.structure.slim_file import read_slim
 from lightning_prune.structure.sparsity import plan_from_json
 
+_CONFIGS = (".yaml", ".yml", ".json")
+
 
 def plan(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     """Preview a configured run, or one model."""
     if asked.model is not None:
-        if asked.config or asked.script or rest:
+        if asked.config or asked.script:
             raise ConfigurationError(
                 "--model is a preview of its own; leave out --config, --script and their arguments."
             )
@@ -72,6 +74,9 @@ def _preview_of_model(asked: argparse.Namespace) -> Preview:
 def _preview_of_run(asked: argparse.Namespace, rest: Sequence[str]) -> Preview:
     from lightning_prune.cli.rehearsal import Over, rehearsing
 
+    for config in asked.config:
+        if Path(config).suffix in _CONFIGS and "://" not in config and not Path(config).is_file():
+            raise FileNotFoundError(f"There is no file {config}.")
     configs = [part for config in asked.config for part in ("--config", config)]
     rest = list(rest[1:] if rest[:1] == ["--"] else rest)
     if rest[:1] == ["fit"] and (configs or not asked.script):
@@ -131,7 +136,20 @@ def _run_configured(arguments: list[str]) -> None:
 
     for name in callbacks.__all__:
         getattr(callbacks, name)  # LightningCLI knows by their short names the classes that exist
-    LightningCLI(subclass_mode_model=True, subclass_mode_data=True, save_config_callback=None, args=arguments)
+    wanted: Any = {"subclass_mode_model": True, "subclass_mode_data": True, "save_config_callback": None}
+    try:
+        LightningCLI(**wanted, parser_kwargs={"prog": "lightning-prune plan"}, args=arguments)
+    except SystemExit as stopped:
+        if stopped.code and not _names_a_model(arguments):
+            sys.stderr.write("No model is named: where the script that trains does, add it, as in --script train.py.\n")
+        raise
+
+
+def _names_a_model(arguments: Sequence[str]) -> bool:
+    files = [Path(each) for each in arguments if Path(each).suffix in _CONFIGS and Path(each).is_file()]
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in files)
+    found = any(line.startswith(("model:", "fit:")) for text in texts for line in text.splitlines())
+    return found or any(each.startswith("--model") for each in arguments)
 
 
 def diff(asked: argparse.Namespace, rest: Sequence[str]) -> int:
