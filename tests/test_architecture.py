@@ -13,11 +13,8 @@ import lightning_prune
 
 PACKAGE = Path(lightning_prune.__file__).parent
 FLOORS = {"structure": 1, "reports": 2, "callbacks": 3, "cli": 4, "__main__": 5, "__init__": 6}
-FLOORS |= {
-    "errors": -1,
-    "short_names": -1,
-    **dict.fromkeys(("door", "penalties", "scores", "clusters", "schedules"), 0),
-}
+FLOORS |= {"errors": -1, "short_names": -1}
+FLOORS |= dict.fromkeys(("door", "penalties", "scores", "clusters", "schedules"), 0)
 ALLOWED = {
     -1: set[str](),
     0: {"torch"},

@@ -249,7 +249,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     sys.modules.pop(name, None)
 
 
-def configure(method: str, epochs: int = 3) -> list[str]:
+def configure(method: str, epochs: int | str = 3) -> list[str]:
     Path("prune.yaml").write_text(PRUNE.format(method=method, epochs=epochs))
     return ["plan", "--config", "base.yaml", "--config", "prune.yaml"]
 
@@ -401,6 +401,12 @@ def test_what_the_run_would_refuse_is_refused(module: str, capsys: pytest.Captur
         assert "can't change shapes under" in capsys.readouterr().err
     assert main(["plan", "-c", "base.yaml"]) == 1
     assert "no regulariser among the trainer's callbacks" in capsys.readouterr().err
+    for flag in ("--trainer.callbacks.ratio=1.5", "--trainer.callbacks.budget.mac=0.5"):
+        assert (
+            main(["plan", "-c", "base.yaml", "--trainer.callbacks+=GReg1", "--trainer.callbacks.epochs=3", flag]) == 1
+        )
+        said = capsys.readouterr().err
+        assert ("error: ratio=1.5 must lie" in said or "error: budget knows macs" in said) and said.count("\n") == 1
 
 
 def test_a_typo_in_the_config_is_named(module: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,9 @@ def _preview_of_run(asked: argparse.Namespace, rest: Sequence[str]) -> Preview:
         except PruningError:
             raise
         except Exception as error:
+            refusal = _refusal_in(error)
+            if refusal is not None:
+                raise refusal from error
             if not found.passed:
                 raise
             raise ConfigurationError(
@@ -116,6 +119,13 @@ def _preview_of_run(asked: argparse.Namespace, rest: Sequence[str]) -> Preview:
             " by the weights after that.\n"
         )
     return found.preview
+
+
+def _refusal_in(error: BaseException | None) -> PruningError | None:
+    """What the library has said, where LightningCLI has wrapped it in sentences of its own."""
+    while error is not None and not isinstance(error, PruningError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _run_script(script: str, arguments: list[str]) -> None:
