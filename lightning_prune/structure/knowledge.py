@@ -95,7 +95,7 @@ class Knowledge:
         known = self.look_up(tensor)
         if known is None:
             name = self._names.get(id(tensor))
-            axes = self.labels.of(name, tensor.shape) if name is not None else (None,) * tensor.dim()
+            axes = self.labels.of(name) if name is not None else (None,) * tensor.dim()
             if name is not None:
                 self.used.add(name)
             self.remember(tensor, axes, from_data=False, is_weight=name is not None)

@@ -5,7 +5,7 @@ Letters: ``n`` labels of one tensor dim, ``A`` atoms in the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -55,43 +55,33 @@ class Labels:
     Attributes:
         dims: the model's own dims, in the order of their labels.
         starts: the first label of each of them, and one past the last.
+        atoms: labels that stand for a model's own element (and ``FIXED``) are below it; later ones are helpers.
         place: where unions are made at present.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.dims: list[tuple[str, int]] = []
-        starts = []
-        count = 1
-        for name, tensor in tensors.items():
-            for dim, size in enumerate(tensor.shape):
-                self.dims.append((name, dim))
-                starts.append(count)
-                count += size
-        self.starts: Ints = np.array([*starts, count], dtype=np.int64)
-        self._first = {member: int(start) for member, start in zip(self.dims, starts, strict=True)}
-        self._count = count
+        self.dims = [(name, dim) for name, tensor in tensors.items() for dim in range(tensor.dim())]
+        sizes = [size for tensor in tensors.values() for size in tensor.shape]
+        self.starts: Ints = np.cumsum([1, *sizes], dtype=np.int64)
+        self._count = self.atoms = int(self.starts[-1])
+        whole = np.split(np.arange(self._count, dtype=np.int64), self.starts)[1:-1]
+        self._numbers = {id(labels): number for number, labels in enumerate(whole) if labels.size}
+        self._whole: dict[str, list[Axis]] = {name: [] for name in tensors}
+        for (name, _), labels in zip(self.dims, whole, strict=True):
+            self._whole[name].append(Axis(labels, vanishes=True))
         self.place: Place = ("", "")
         self._united: list[tuple[Ints, Ints]] = []
         self._places: list[Place] = []
         self._pinned: list[tuple[Ints, str]] = []
         self._marked: dict[str, list[Ints]] = {}
 
-    @property
-    def atoms(self) -> int:
-        """Labels that stand for a model's own element (and ``FIXED``); later ones are helpers."""
-        return int(self.starts[-1])
-
-    def of(self, name: str, shape: Iterable[int]) -> Axes:
+    def of(self, name: str) -> Axes:
         """The atoms of one parameter or buffer, a dim at a time."""
-        axes = []
-        for dim, size in enumerate(shape):
-            start = self._first[name, dim]
-            axes.append(Axis(np.arange(start, start + size, dtype=np.int64), vanishes=True))
-        return tuple(axes)
+        return tuple(self._whole[name])
 
     def first(self, name: str, dim: int) -> int:
         """The label of the first position along a dim of a parameter or buffer."""
-        return self._first[name, dim]
+        return int(self._whole[name][dim].labels[0])
 
     def fresh(self, size: int) -> Ints:
         """Labels of a dim that any size would suit, such as that of ``zeros(...)``: they bind nothing by themselves."""
@@ -100,6 +90,8 @@ class Labels:
 
     def member_ids(self, labels: Ints) -> Ints:
         """Positions in ``dims`` of the parameter dims that these labels belong to."""
+        if (number := self._numbers.get(id(labels))) is not None:
+            return np.array([number])
         atoms = labels[(labels > FIXED) & (labels < self.atoms)]
         if atoms.size == 0:
             return atoms
@@ -111,7 +103,7 @@ class Labels:
     def unite(self, a: Ints, b: Ints) -> None:
         """Positions of ``a`` and ``b`` (broadcast against each other) live and die together, pair by pair."""
         if a is not b:
-            left, right = np.broadcast_arrays(a, b)
+            left, right = (a, b) if a.shape == b.shape else np.broadcast_arrays(a, b)
             self._united.append((left.ravel(), right.ravel()))
             self._places.append(self.place)
 

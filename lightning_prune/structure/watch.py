@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.structure.call import Call, Rule, tensors_in
 from lightning_prune.structure.knowledge import Knowledge, Record
 from lightning_prune.structure.labels import Axes
-from lightning_prune.structure.plan import named_tensors, plain_name
+from lightning_prune.structure.plan import named_modules, named_parameters, named_tensors
 from lightning_prune.structure.renormalising import makes_weight, meetings, standardises
 from lightning_prune.structure.replica import quiet_room
 from lightning_prune.structure.rules import RULES, pointwise
@@ -70,9 +70,9 @@ class Watcher(TorchDispatchMode):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the forward pass; afterwards notebook and records are complete."""
-        for name, module in self.model.named_modules():
+        for name, module in named_modules(self.model):
             if not isinstance(module, torch.jit.ScriptModule):
-                module.register_forward_pre_hook(self._entering(plain_name(name)), prepend=True)
+                module.register_forward_pre_hook(self._entering(name), prepend=True)
                 module.register_forward_hook(self._leaving, always_call=True)
         for tensor in tensors_in(pytree.tree_leaves((args, kwargs))):
             self.known.remember(tensor, (None,) * tensor.dim(), from_data=True)
@@ -127,7 +127,7 @@ class Watcher(TorchDispatchMode):
             self.known.labels.pin(axis.labels, f"Its channels {why}.")
 
     def _has_unused_layers(self) -> bool:
-        return any(plain_name(name) not in self.known.used for name, _ in self.model.named_parameters())
+        return any(name not in self.known.used for name, _ in named_parameters(self.model))
 
     def _entering(self, name: str) -> Callable[..., None]:
         return lambda module, inputs: self.known.stack.append(name)
@@ -140,6 +140,7 @@ class Watcher(TorchDispatchMode):
 UNSEEN = ("contiguous",)
 
 
+@cache
 def operator_name(func: Any) -> str:
     """``aten.add_.Tensor`` -> ``add_``; operators of other libraries keep their namespace."""
     packet = func.overloadpacket
@@ -203,17 +204,23 @@ _NO_SIZES = re.compile(
 
 def scalars_of(func: Any, args: Any, kwargs: Any) -> tuple[float, ...]:
     """Numbers that enter an operator's arithmetic, or a tensor that Python makes; elsewhere whole ones are sizes."""
-    name = operator_name(func)
+    name, kinds, in_lists = _numbers_of(func)
     if name == "lift_fresh":
         return () if args[0].is_meta else tuple(map(_number, args[0].flatten().tolist()))
     if name == "group_norm":
         return (args[1],)
-    whole = torch.Tag.pointwise in func.tags or _NO_SIZES.fullmatch(name.removesuffix("_"))
-    kinds = (int, float) if whole else (float,)
     given = [*args, *kwargs.values()]
-    if whole and "full" not in name:  # the first list of those is a shape
+    if in_lists:
         given = [item for arg in given for item in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-    return tuple(_number(a) for a in given if isinstance(a, kinds) and not isinstance(a, bool))
+    return tuple([_number(a) for a in given if isinstance(a, kinds) and not isinstance(a, bool)])
+
+
+@cache
+def _numbers_of(func: Any) -> tuple[str, tuple[type, ...], bool]:
+    """An operator's name, which kinds of numbers count, and whether those in lists do."""
+    name = operator_name(func)
+    whole = torch.Tag.pointwise in func.tags or _NO_SIZES.fullmatch(name.removesuffix("_")) is not None
+    return name, (int, float) if whole else (float,), whole and "full" not in name  # the first list of those is a shape
 
 
 def _number(value: Any) -> Any:

@@ -66,7 +66,7 @@ def of_channels(call: Call, axis: Axis | None) -> bool:
     if axis is None or not axis.vanishes or not 0 < axis.labels[0] < call.labels.atoms:
         return False
     name, dim = call.labels.dims[int(call.labels.member_ids(axis.labels[:1])[0])]
-    whole = call.labels.of(name, call.known.own(name).shape)[dim]
+    whole = call.labels.of(name)[dim]
     return whole is not None and np.array_equal(whole.labels, axis.labels)
 
 
