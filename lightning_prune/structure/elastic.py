@@ -11,7 +11,6 @@ Of foreign classes only one thing is known: they fail where they join their head
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -311,7 +310,7 @@ def _make(twin: type[Elastic], kind: type[nn.Module]) -> type[Elastic]:
 
 def _twin_of(kind: type[nn.Module]) -> type[Elastic] | None:
     """The elastic class that stands for a class, if it has one."""
-    forward = inspect.getattr_static(kind, "forward")
+    forward = next(vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base))
     twin = TWINS.get(f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}")
     return None if twin is None else _make(twin, kind)
 

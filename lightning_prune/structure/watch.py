@@ -72,8 +72,8 @@ class Watcher(TorchDispatchMode):
         """Run the forward pass; afterwards notebook and records are complete."""
         for name, module in named_modules(self.model):
             if not isinstance(module, torch.jit.ScriptModule):
-                module.register_forward_pre_hook(self._entering(name), prepend=True)
-                module.register_forward_hook(self._leaving, always_call=True)
+                # cheaper than hooks, and around those that the module has
+                vars(module)["_compiled_call_impl"] = self._within(name, module._call_impl)
         for tensor in tensors_in(pytree.tree_leaves((args, kwargs))):
             self.known.remember(tensor, (None,) * tensor.dim(), from_data=True)
         with quiet_room(), Constants(), self:
@@ -129,11 +129,18 @@ class Watcher(TorchDispatchMode):
     def _has_unused_layers(self) -> bool:
         return any(name not in self.known.used for name, _ in named_parameters(self.model))
 
-    def _entering(self, name: str) -> Callable[..., None]:
-        return lambda module, inputs: self.known.stack.append(name)
+    def _within(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A module's call that says which module is at work."""
+        stack = self.known.stack
 
-    def _leaving(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.known.stack.pop()
+        def run(*args: Any, **kwargs: Any) -> Any:
+            stack.append(name)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                stack.pop()
+
+        return run
 
 
 #: Operators that are skipped where there is nothing to do, which may depend on sizes.
@@ -232,15 +239,19 @@ class Constants(TorchFunctionMode):
     """Tensors that Python makes of numbers keep their values until an operator has read them, on any device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is Tensor.new_tensor and args[0].is_meta:
+        kwargs = kwargs or {}
+        if func not in _OF_NUMBERS:
+            return func(*args, **kwargs)
+        if func is Tensor.new_tensor:
+            if not args[0].is_meta:
+                return func(*args, **kwargs)
             kwargs = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
             func, args = torch.tensor, args[1:]
         device = kwargs.get("device")
-        numbers = func in _OF_NUMBERS and bool(args) and not isinstance(args[0], Tensor)
+        numbers = bool(args) and not isinstance(args[0], Tensor)
         if numbers and device is not None and torch.device(device).type == "meta":
             return func(*args, **{**kwargs, "device": "cpu"}).to(device)
         return func(*args, **kwargs)
 
 
-_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
+_OF_NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor))
