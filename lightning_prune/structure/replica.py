@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_prune.structure.copying import deep_copy
 from lightning_prune.structure.plan import original
 
 
@@ -52,9 +53,9 @@ def replica(model: nn.Module, device: torch.device | str | None = None) -> nn.Mo
         memo[id(buffer)] = _moved(buffer, target)
     with torch.no_grad(), _CopyTensors(target):
         try:
-            copied = copy.deepcopy(model, dict(memo))
+            copied = deep_copy(model, dict(memo))
         except TypeError:
-            copied = copy.deepcopy(model, {**memo, **_uncopyable(model)})
+            copied = deep_copy(model, {**memo, **_uncopyable(model)})
     for module, twin in zip(model.modules(), copied.modules(), strict=True):
         _complete(module, twin)
         if isinstance(twin, nn.SyncBatchNorm):
@@ -84,13 +85,14 @@ def _uncopyable(model: nn.Module) -> dict[int, Any]:
 
 def _complete(module: nn.Module, twin: nn.Module) -> None:
     """Share what a module leaves out of its copies (a trainer, say), but nothing that runs the original."""
+    held = vars(twin)
     for name, value in vars(module).items():
-        if value is not None and vars(twin).get(name) is None and not callable(value):
-            vars(twin)[name] = value
-    forward = vars(twin).get("forward")
+        if value is not None and held.get(name) is None and not callable(value):
+            held[name] = value
+    forward = held.get("forward")
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # compiled: what it was made from
     if getattr(forward, "__self__", None) is module:
-        del vars(twin)["forward"]
+        del held["forward"]
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
