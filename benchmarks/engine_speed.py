@@ -10,7 +10,7 @@ of the processor, this library runs alone. ``--zoo`` repeats that for every clas
 
 Peak memory: the largest resident size while an engine works (``VmHWM`` after a reset through ``clear_refs``) minus the
 size before, after a run on a small network, median of three processes; ``planned`` counts trace and choice alone, and
-``slim`` is what the slim tensors take, which all-or-nothing surgery holds beside the dense ones until its end.
+``slim`` is what the slim tensors take, which surgery would need if it made them all before it lets a dense one go.
 ``surgery``: ``prune_`` on ResNet-50 with SGD and momentum for every parameter, two threads, without the proof.
 """
 

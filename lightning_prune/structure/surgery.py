@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.errors import PlanError
 from lightning_prune.structure.elastic import nests, outgrown
+from lightning_prune.structure.parting import housed, is_alone, reorder_, spare_for, worth_parting
 from lightning_prune.structure.plan import NOWHERE, PruningPlan, named_tensors, signature, submodule
 from lightning_prune.structure.sparsity import Plan, SparsityPlan, mask_
 
@@ -36,7 +39,9 @@ def prune_(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimi
     Parameter objects keep their identity, ``requires_grad`` and ties, so optimisers go on training them; their state
     (momenta and averages of the parameter's shape) is cut along; gradients of what is cut are dropped. LBFGS begins
     anew, with a warning. Modules' own numbers (``out_channels``, ``num_features``, ``normalized_shape``, ...) follow.
-    All or nothing: after a failure everything is as it was.
+    All or nothing: after a failure everything is as it was (interrupted while it tidies up, everything is slim). On the
+    processor this takes little more memory than the model and the optimisers' slim state: parameters in memory that
+    nobody else sees are cut in that memory.
 
     Args:
         model: the dense model that the plan fits.
@@ -67,7 +72,7 @@ def prune_(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimi
     for (name, dim), positions in plan.kept.items():
         into = torch.tensor(plan.merged[name, dim]) if (name, dim) in plan.summed else None
         cuts.setdefault(name, {})[dim] = Cut(torch.tensor(positions), into)
-    resize_(model, cuts, plan.numbers, plan.joined, optimizers)
+    resize_(model, cuts, plan.numbers, plan.joined, optimizers, sparing=True)
 
 
 def resize_(
@@ -76,16 +81,23 @@ def resize_(
     numbers: Mapping[str, int],
     joined: Iterable[str] = (),
     optimizers: Sequence[Optimizer] = (),
+    sparing: bool = False,
 ) -> None:
-    """Take, along some dims of some tensors, just the positions named (a trial may name some of them repeatedly)."""
+    """Take, along some dims of some tensors, just the positions named (a trial may name some of them repeatedly).
+
+    ``sparing``: with little memory, where each position is named once at most.
+    """
     tensors = named_tensors(model)
     depthwise = {name for name, module in model.named_modules() if _is_depthwise(module)}
+    parted = _to_part(tensors, cuts) if sparing else {}
+    layouts = [(parameter, _layout(parameter)) for parameter in parted.values()]
     with torch.no_grad(), _all_or_nothing() as undo:
-        slim = {name: _cut(tensors[name], cut, merging=True) for name, cut in cuts.items()}
+        slim = {name: _cut(tensors[name], cut, merging=True) for name, cut in cuts.items() if name not in parted}
         homes = _homes_of_buffers(model)
-        flat = [each for each in optimizers if isinstance(each, LBFGS) and _holds(each, slim, tensors)]
+        flat = [each for each in optimizers if isinstance(each, LBFGS) and _holds(each, cuts, tensors)]
         others = [each for each in optimizers if each not in flat]
         states = [_slim_state(optimizer, tensors[name], cut) for name, cut in cuts.items() for optimizer in others]
+        _part([(parameter, cuts[name]) for name, parameter in parted.items()], undo)
         for name, tensor in slim.items():
             _replace(tensors[name], tensor, homes, undo)
         for state, new in (pair for pairs in states for pair in pairs):
@@ -101,6 +113,7 @@ def resize_(
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoder) and not nests(module):
                 _set(module, "use_nested_tensor", False, undo)
+    _tidy(reversed(layouts))
 
 
 def check_fits(model: nn.Module, plan: PruningPlan) -> None:
@@ -127,9 +140,12 @@ def _cut(tensor: Tensor, cuts: Cuts, merging: bool) -> Tensor:
             whence = (into != NOWHERE).nonzero().flatten()
             out = torch.zeros_like(out).index_add_(dim, into[whence], out.index_select(dim, whence))
         out = out.index_select(dim, kept.to(device))
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
-        out = out.contiguous(memory_format=torch.channels_last)
-    return out
+    return out.contiguous(memory_format=_layout(tensor))
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 @contextmanager
@@ -141,6 +157,49 @@ def _all_or_nothing() -> Iterator[list[Callable[[], None]]]:
         for step in reversed(undo):
             step()
         raise
+    undo.clear()  # the dense tensors are let go
+
+
+def _to_part(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cuts]) -> dict[str, nn.Parameter]:
+    """The parameters that are to be cut within the model's memory, largest first."""
+    summed = {name for name, cut in cuts.items() if any(into is not None for _, into in cut.values())}
+    found = {name: p for name in cuts if isinstance(p := tensors[name], nn.Parameter) and is_alone(p)}
+    names = sorted(found.keys() - summed, key=lambda name: (-found[name].nbytes, name))
+    shares = [math.prod(len(kept) / found[name].shape[dim] for dim, (kept, _) in cuts[name].items()) for name in names]
+    sizes = [(found[name].nbytes, round(found[name].nbytes * share)) for name, share in zip(names, shares, strict=True)]
+    return {name: found[name] for name in names[worth_parting(sizes)]}
+
+
+def _part(cuts: Sequence[tuple[nn.Parameter, Cuts]], undo: list[Callable[[], None]]) -> None:
+    """Make slim tensors that are views of the memory of others, and no copy; the largest dense one comes first."""
+    spare = spare_for(cuts[0][0]) if cuts else torch.empty(0)
+    for parameter, cut in cuts:
+        dense = parameter.data
+        whole = housed(dense, spare)
+        orders = {dim: _first(kept, dense.shape[dim]) for dim, (kept, _) in cut.items()}
+        reorder_(whole, dense, orders)
+        undo.append(partial(reorder_, dense, whole, {dim: order.argsort() for dim, order in orders.items()}))
+        slim = whole
+        for dim, (kept, _) in cut.items():
+            slim = slim.narrow(dim, 0, len(kept))
+        _swap(parameter, slim, undo)
+        spare = dense
+
+
+def _first(kept: Tensor, size: int) -> Tensor:
+    """All positions of a dim, those that stay first."""
+    goes = torch.ones(size, dtype=torch.bool)
+    goes[kept] = False
+    return torch.cat([kept, goes.nonzero().flatten()])
+
+
+def _tidy(layouts: Iterable[tuple[nn.Parameter, torch.memory_format]]) -> None:
+    """Give every slim tensor memory of its own, and that of the dense ones back, smallest first."""
+    for parameter, layout in layouts:
+        try:
+            parameter.data = parameter.data.clone(memory_format=layout)
+        except RuntimeError:  # no memory for copies: a view is as good, only too large
+            return
 
 
 Homes = dict[int, list[tuple[dict[str, Tensor | None], str]]]
