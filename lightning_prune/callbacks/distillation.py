@@ -83,16 +83,10 @@ class Distillation:
 class _Call:
     """A call of the outermost module on the way to the logits."""
 
-    root: str
     derived: bool
-    teacher: list[Any]
-    logits: list[Any] = field(default_factory=list)
-    versions: list[list[int]] = field(default_factory=list)
-
-    def note(self, output: Any) -> None:
-        """Remember what the student has put out, and how often that had been changed in place by then."""
-        self.logits.append(output)
-        self.versions.append(_versions(output))
+    teacher: list[Tensor]
+    student: list[Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # how often each had been changed in place by then
 
 
 class Distiller:
@@ -224,7 +218,7 @@ class Distiller:
                 return
         if not self._is_known:
             self._refuse_none(calls)
-        pairs = [pair for call in calls for pair in _pairs(call, self._name or "the LightningModule", asked.dim)]
+        pairs = [pair for call in calls for pair in _pairs(call, self._name or "the LightningModule")]
         self._is_known = True
         if self._teacher.network is None:
             self._detach()
@@ -302,9 +296,9 @@ class Distiller:
                 return
             counts = torch.is_grad_enabled() and not is_redirected(called)
             if counts and not any(entry is not None for entry in self._stack):
-                said = self._teacher.ask(name, self._name or "", args, kwargs, pl_module.device)
+                said = map(self._logits, self._teacher.ask(name, self._name or "", args, kwargs, pl_module.device))
                 leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-                self._call = _Call(name, any(leaf.grad_fn is not None for leaf in leaves), said)
+                self._call = _Call(any(leaf.grad_fn is not None for leaf in leaves), list(said))
             self._stack.append(name if counts else None)
 
         return _uncompiled(enter)
@@ -317,13 +311,18 @@ class Distiller:
             if entry is None or call is None:
                 return
             if name == (self._name or "") and output is not None:
-                call.note(output)
+                logits = self._logits(output)
+                call.student.append(logits)
+                call.versions.append(logits._version)
             if not any(entry is not None for entry in self._stack):
-                if any(leaf.requires_grad for leaf in pytree.tree_leaves(call.logits) if isinstance(leaf, Tensor)):
+                if any(logits.requires_grad for logits in call.student):
                     self._calls.append(call)
                 self._call = None
 
         return _uncompiled(leave)
+
+    def _logits(self, output: Any) -> Tensor:
+        return _logits_of(output, self._name or "the LightningModule", None if self._asked is None else self._asked.dim)
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -347,14 +346,13 @@ def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
     return found
 
 
-def _pairs(call: _Call, name: str, dim: int | None) -> list[tuple[Tensor, Tensor]]:
+def _pairs(call: _Call, name: str) -> list[tuple[Tensor, Tensor]]:
     """The student's and the teacher's logits, one pair for each time the module was called; none before surgery."""
-    if call.versions != [_versions(output) for output in call.logits]:
+    mine, theirs = call.student, call.teacher
+    if call.versions != [logits._version for logits in mine]:
         raise ConfigurationError(
             f"training_step changes the logits of {name} in place, so the teacher has none to match."
         )
-    mine = [_logits(output, name, dim) for output in call.logits]
-    theirs = [_logits(output, name, dim) for output in call.teacher]
     if not theirs:
         return []
     if [each.shape for each in mine] != [each.shape for each in theirs]:
@@ -363,7 +361,7 @@ def _pairs(call: _Call, name: str, dim: int | None) -> list[tuple[Tensor, Tensor
     return list(zip(mine, theirs, strict=True))
 
 
-def _logits(output: Any, name: str, dim: int | None) -> Tensor:
+def _logits_of(output: Any, name: str, dim: int | None) -> Tensor:
     """The tensor that is meant by an output: itself, what is called ``logits`` or ``out``, or the only one there is.
 
     Raises:
@@ -393,10 +391,6 @@ def _logits(output: Any, name: str, dim: int | None) -> Tensor:
     if dim is not None and not -len(shape) <= dim < len(shape):
         raise ConfigurationError(f"distill dim={dim} is out of range for logits of shape {shape}.")
     return found
-
-
-def _versions(output: Any) -> list[int]:
-    return [leaf._version for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _is_number(value: Any) -> bool:

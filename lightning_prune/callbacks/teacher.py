@@ -53,7 +53,7 @@ class Teacher:
 
     def restore(self, record: Mapping[str, Any] | None) -> None:
         """Take over what a checkpoint remembers."""
-        known = None if record is None else dict(record)
+        known = None if record is None else {name: record[name] for name in ("file", "folder", "digest", "source")}
         if known is None or self.record is None or known["digest"] != self.record["digest"]:
             self._weights = self.network = None
         self.record = known
@@ -165,7 +165,7 @@ class Teacher:
         return network.requires_grad_(False).eval()
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-        network = uncompiled(replica(pl_module, "meta")) if self._dense is None else self._dense
+        network = pl_module if self._dense is None else self._dense
 
         def read() -> dict[str, Tensor]:
             return read_weights(str(self.path), network, "teacher") if trainer.is_global_zero else {}
@@ -209,6 +209,8 @@ class Teacher:
         found = agreed(trainer, find, "The teacher")
         if found is not None:
             self._weights, self.record = found
+            if self.path not in (None, self.source):
+                rank_zero_warn(f"The run goes on with the teacher that it began with, {self.source}; not {self.path}.")
         elif self.path is not None:
             self._adopt(trainer, self._read(trainer, pl_module), self.path)
         else:
