@@ -110,6 +110,8 @@ class Distiller:
         self, asked: Distillation | None, path: str | os.PathLike[str] | None = None, logits_from: str | None = None
     ) -> None:
         for name, value in (("teacher", path), ("logits_from", logits_from)):
+            if value is not None and not isinstance(value, (str, os.PathLike)):
+                raise ConfigurationError(f"{name}={value!r} must be a name.")
             if asked is None and value is not None:
                 raise ConfigurationError(f"{name}={value!r} needs distill=..., such as {{'temperature': 4}}.")
         self._asked = asked
@@ -264,8 +266,8 @@ class Distiller:
         name = self._name or "the LightningModule"
         if not calls:
             raise ConfigurationError(
-                f"distill found no logits with a gradient: training_step never calls {name}, or runs past it in"
-                " compiled code; name the module that gives them with logits_from=...."
+                f"distill found no logits: training_step never calls {name} with gradients, or runs past it in compiled"
+                " code; name the module that gives them with logits_from=...."
             )
         if any(call.derived for call in calls):
             raise ConfigurationError(

@@ -154,7 +154,7 @@ class StructuralPruning(PruningCallback):
         self.finetune_optimizer = finetune_optimizer
         self.finetune_scheduler = finetune_scheduler
         self.distill = Distillation.of(distill)
-        self.teacher = teacher if teacher is None else os.fspath(teacher)
+        self.teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
         self.logits_from = logits_from
         self.tolerance = tolerance
         self.latency_batches = tuple(batches)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,7 @@ from lightning_prune.reports.report import PruningReport
 from tests.callbacks.distilling import ASKED, distilled, surgeon
 from tests.callbacks.nets import image_loader, seeded
 from tests.callbacks.slimming import BATCHES, Picker, Residual, Task, assert_equal, run, weights
+from tests.callbacks.test_checkpointing import Resumable
 from tests.callbacks.test_leaks import hooks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -127,6 +128,17 @@ def test_a_resumed_run_ends_with_the_same_bits(path: str | None, epoch: int, tmp
     assert_equal(*both)
     assert full.surgery.report is not None and again.surgery.report is not None
     assert full.surgery.report.distilled == again.surgery.report.distilled
+
+
+def test_it_resumes_at_every_step(tmp_path: Path) -> None:
+    """The sparse stage begins with step 6 and the finetune stage with step 12."""
+    keeper = ModelCheckpoint(tmp_path / "steps", "{step}", save_top_k=-1, every_n_train_steps=1)
+    settings: Any = {"picker": Picker(start=1, epochs=1), "train": Resumable()}
+    full = run(tmp_path, keeper, surgery=surgeon(), enable_checkpointing=True, **settings)
+    for step in (1, 5, 7, 8, 11, 13, 16, 19):
+        settings = {"picker": Picker(start=1, epochs=1), "train": Resumable(), "task": seeded(Task, seed=7)}
+        again = run(tmp_path, surgery=surgeon(), ckpt_path=tmp_path / "steps" / f"step={step}.ckpt", **settings)
+        assert_equal(weights(full.task), weights(again.task))
 
 
 @pytest.mark.filterwarnings("ignore:.*energy was left", "ignore:.*too few optimiser steps")
