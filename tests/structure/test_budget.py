@@ -484,6 +484,15 @@ def test_one_thread_of_the_cpu_is_timed_by_its_own_clock(monkeypatch: pytest.Mon
     assert stopwatch.seconds(lambda: None, passes=3, clock=lambda: next(ticks)) == 2.0
 
 
+def test_every_turn_begins_with_a_pass_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds in the caches what the other network has left there."""
+    done: list[str] = []
+    clock = Stopwatch(trace(seeded(plain), IMAGES), 1, "cpu")
+    monkeypatch.setattr(stopwatch, "seconds", lambda work, passes, clock: done.append(f"{passes} timed") or 1.0)
+    clock._turn(lambda *_: done.append("run"), 3)  # type: ignore[arg-type]
+    assert done == ["run", "3 timed"]
+
+
 def test_a_real_clock_measures_and_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopwatch, "PATIENCE", 0.1)
     model = seeded(separable)
