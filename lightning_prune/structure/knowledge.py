@@ -226,6 +226,12 @@ class Knowledge:
         for member in self.labels.member_ids(labels).tolist():
             self.roles.setdefault(member, set()).add(role)
 
+    def labels_of(self, role: str) -> Ints:
+        """The labels of all parameter dims that are this to their groups."""
+        found = [number for number, roles in self.roles.items() if role in roles]
+        starts = self.labels.starts
+        return np.concatenate([np.arange(starts[n], starts[n + 1]) for n in found] or [starts[:0]])
+
     def note_renormalised(self, labels: Ints) -> None:
         """Note that statistics over the parameter dims that these labels belong to are those of what stays."""
         self.renormalised.update(self.labels.member_ids(labels).tolist())

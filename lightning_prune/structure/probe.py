@@ -33,6 +33,7 @@ from lightning_prune.structure.surgery import Cut, Cuts, resize_
 from lightning_prune.structure.watch import (
     UNSEEN,
     Constants,
+    Repeats,
     compute,
     on_meta,
     open_up,
@@ -53,6 +54,7 @@ def probe(
     fresh: Fresh,
     without_memory: bool,
     known: Values | None = None,
+    repeats: Repeats | None = None,
 ) -> list[Fault]:
     """What else must be pinned, or counted; nothing where the model runs as foretold in all trials.
 
@@ -64,24 +66,26 @@ def probe(
         fresh: makes a copy of the dense model to try on, and the arguments of its forward.
         without_memory: whether these copies have none.
         known: what some operators of the dense pass have returned.
+        repeats: what that pass has computed.
     """
-    dense = None
+    dense, repeats = None, repeats or Repeats()
     if not without_memory:
         free = _times_of_labels(labels, solution, graph, _nothing(graph)) == 0
-        dense = _values({number for number, record in enumerate(records) if _ends(record, free)}, known or {}, fresh)
+        ends = {number for number, record in enumerate(records) if _ends(record, free)}
+        dense = _values(ends, known or {}, fresh, repeats)
     for times in _trials(graph, without_memory):
         widths = _times_of_labels(labels, solution, graph, times)
-        faults = _try(records, widths, dense, graph, times, *fresh())
+        faults = _try(Prober(records, widths, dense, repeats), graph, times, *fresh())
         if faults:
             return faults
     return []
 
 
-def _values(ends: set[int], known: Values, fresh: Fresh) -> Values:
+def _values(ends: set[int], known: Values, fresh: Fresh, repeats: Repeats) -> Values:
     """What the dense network computes, wherever channels that may go are read and none are written."""
     if ends <= known.keys():
         return {number: known[number] for number in ends}
-    listener = Listener(ends)
+    listener = Listener(ends, repeats)
     model, args, kwargs = fresh()
     with quiet_room(), Constants(), listener:
         model(*args, **kwargs)
@@ -97,9 +101,7 @@ def _ends(record: Record, free: NDArray[np.bool_]) -> bool:
 
 
 def _try(
-    records: list[Record],
-    times: Ints,
-    dense: Values | None,
+    prober: Prober,
     graph: ChannelGraph,
     widths: dict[str, Ints],
     trial: nn.Module,
@@ -107,7 +109,6 @@ def _try(
     kwargs: dict[str, Any],
 ) -> list[Fault]:
     resize_(trial, *_cuts(graph, widths, next(trial.parameters()).is_meta))
-    prober = Prober(records, times, dense)
     failure = ""
     with quiet_room():
         try:
@@ -120,7 +121,7 @@ def _try(
         return prober.faults
     why = failure or "it takes another way"
     reason = f"The model does not run with another number of channels ({why})."
-    return [Fault([np.flatnonzero(times != 1)], reason, "")]
+    return [Fault([np.flatnonzero(prober.times != 1)], reason, "")]
 
 
 def _trials(graph: ChannelGraph, without_memory: bool) -> Iterator[dict[str, Ints]]:
@@ -176,9 +177,10 @@ def _times_of_labels(labels: Labels, solution: Solution, graph: ChannelGraph, wi
 class Listener(TorchDispatchMode):
     """Keeps what some operators of a pass return, by their number in it."""
 
-    def __init__(self, numbers: set[int]) -> None:
+    def __init__(self, numbers: set[int], repeats: Repeats) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.numbers = numbers
+        self.repeats = repeats
         self.values: Values = {}
         self.position = 0
 
@@ -188,7 +190,7 @@ class Listener(TorchDispatchMode):
             opened = open_up(self, func, args, kwargs)
             if opened is not NotImplemented:
                 return opened
-        result = func(*args, **kwargs)
+        result = self.repeats.compute(func, args, kwargs)
         if operator_name(func) not in UNSEEN:
             if self.position in self.numbers:
                 self.values[self.position] = [tensor.clone() for tensor in tensors_in(result)]
@@ -203,13 +205,15 @@ class Prober(TorchDispatchMode):
         records: of that pass.
         times: how often each label is taken.
         dense: number of a record -> values that its results get; nothing for a model that never looks at values.
+        repeats: what other passes have computed.
     """
 
-    def __init__(self, records: list[Record], times: Ints, dense: Values | None) -> None:
+    def __init__(self, records: list[Record], times: Ints, dense: Values | None, repeats: Repeats) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.records = records
         self.times = times
         self.dense = dense
+        self.repeats = repeats
         self.faults: list[Fault] = []
         self.position = 0
         self.astray = False
@@ -258,7 +262,7 @@ class Prober(TorchDispatchMode):
         """The result of an operator; where the values of its channels are of no interest, only its shape."""
         plain = isinstance(func, torch._ops.OpOverload) and not func.is_view  # a view is of its tensor's own kind
         if self.dense is None or not plain or not self._changing_along((*record.inputs, *record.outputs)):
-            return compute(func, args, kwargs)
+            return self.repeats.compute(func, args, kwargs)
         try:
             shaped = compute(func, *on_meta(*to_device((args, kwargs), "meta")))
         except (NotImplementedError, RuntimeError):  # the shape depends on values, or something does not fit

@@ -79,7 +79,8 @@ def trace(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] | Non
         return loosen_(sealed(replica(model, device)), joining(watcher.known)), *to_device((args, named), device)
 
     def tried() -> list[Fault]:
-        return probe(watcher.records, labels, solution, graph, fresh, device == "meta", watcher.results.found)
+        known = watcher.results.found, watcher.repeats
+        return probe(watcher.records, labels, solution, graph, fresh, device == "meta", *known)
 
     while graph.groups and (faults := tried()):
         answer(watcher.known, faults)

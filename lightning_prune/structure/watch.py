@@ -7,12 +7,12 @@ pins what it reads. The pass runs on tensors without memory where the model allo
 
 from __future__ import annotations
 
-import heapq
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.structure.call import Call, Rule, tensors_in
 from lightning_prune.structure.knowledge import Knowledge, Record
-from lightning_prune.structure.labels import Axes
+from lightning_prune.structure.labels import Axes, Ints
 from lightning_prune.structure.plan import named_modules, named_parameters, named_tensors
 from lightning_prune.structure.renormalising import makes_weight, meetings, standardises
 from lightning_prune.structure.replica import quiet_room
@@ -33,38 +33,95 @@ ROOM = 128 * 2**20
 
 
 class Results:
-    """What operators returned, by their number in the pass; where that is too much, the largest are forgotten."""
+    """What operators returned, by their number in the pass, as far as there is room.
 
-    def __init__(self) -> None:
+    Wanted are those that read channels which may go and return none. Which these are is not known during the pass, but
+    an operator that goes on with all that it reads is not among them, and one whose channels a later layer reads is
+    not likely to be; these are forgotten first, then the largest.
+    """
+
+    def __init__(self, known: Knowledge) -> None:
+        self.known = known
         self.found: dict[int, list[Tensor]] = {}
-        self._sizes: list[tuple[int, int]] = []
+        self._axes: dict[int, tuple[Sequence[Axes], Sequence[Axes]]] = {}
         self._room = ROOM
 
-    def keep(self, number: int, tensors: list[Tensor]) -> None:
+    def keep(self, number: int, tensors: list[Tensor], read: Sequence[Axes], written: Sequence[Axes]) -> None:
         """Take copies, for operators in place may change the tensors."""
-        size = sum(tensor.nbytes for tensor in tensors)
-        heapq.heappush(self._sizes, (-size, number))
+        size = _bytes(tensors)
+        if size > ROOM:
+            return
+        self.found[number], self._axes[number] = tensors, (read, written)
         self._room -= size
-        largest = None
-        while self._room < 0:
-            gone, largest = heapq.heappop(self._sizes)
-            self._room -= gone
-            self.found.pop(largest, None)
-        if largest != number:
+        if self._room < 0:
+            self._forget(ROOM // 4)
+        if number in self.found:
             self.found[number] = [tensor.clone() for tensor in tensors]
+
+    def _forget(self, room: int) -> None:
+        """Forget until there is some room again."""
+        root, reasons = self.known.labels.solve()
+        consumed = np.zeros(root.size, dtype=bool)
+        consumed[root[self.known.labels_of("inputs")]] = True
+        pinned = np.zeros(root.size, dtype=bool)
+        pinned[list(reasons)] = True
+        order = []
+        for number, tensors in self.found.items():
+            read, written = (root[_labels_of(side)] for side in self._axes[number])
+            goes_on = bool(np.isin(read[~pinned[read]], written).all())
+            order.append((goes_on, bool(consumed[written].any()), _bytes(tensors), number))
+        for goes_on, _, size, number in sorted(order, reverse=True):
+            if self._room < room or goes_on:
+                self._room += size
+                del self.found[number], self._axes[number]
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _labels_of(tensors: Iterable[Axes]) -> Ints:
+    found = [axis.labels for axes in tensors for axis in axes if axis is not None]
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+
+
+class Repeats:
+    """Computes what costs the square of what is read only once for the same values, pass after pass."""
+
+    #: Their results follow from their tensors' values and their numbers.
+    OPERATORS = ("torchvision.nms",)
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], Tensor] = {}
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """As :func:`compute`."""
+        if operator_name(func) not in self.OPERATORS or any(tensor.is_meta for tensor in tensors_in(args)):
+            return compute(func, args, kwargs)
+        key = tuple(_contents(arg) if isinstance(arg, Tensor) else arg for arg in (*args, *kwargs.items()))
+        if key not in self._found:
+            self._found[key] = func(*args, **kwargs)
+        return self._found[key].clone()
+
+
+def _contents(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common if and only if they are equal bit for bit."""
+    whole = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.dtype, tensor.shape, whole.numpy().tobytes()
 
 
 class Watcher(TorchDispatchMode):
     """The dispatch mode that writes the notebook (``known``) and the ``records`` of one pass of ``model``, a copy.
 
-    Where tensors have memory, some ``results`` are kept for those who go the same way again.
+    Where tensors have memory, some ``results`` are kept for those who go the same way again, and what ``repeats``.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.model = model
-        self.results = Results()
         self.known = Knowledge(model, named_tensors(model))
+        self.results = Results(self.known)
+        self.repeats = Repeats()
         self.records: list[Record] = []
         self._after_branch: list[Axes] | None = None
 
@@ -92,7 +149,7 @@ class Watcher(TorchDispatchMode):
             if opened is not NotImplemented:
                 return opened
         args, kwargs = on_meta(args, kwargs)
-        result = compute(func, args, kwargs)
+        result = self.repeats.compute(func, args, kwargs)
         self._follow(func, rule or unknown, args, kwargs, result)
         return result
 
@@ -119,7 +176,7 @@ class Watcher(TorchDispatchMode):
         shapes = tuple(tensor.shape for tensor in call.outputs)
         scalars = scalars_of(func, args, kwargs)
         if any(axis is not None for axes in read for axis in axes) and not any(each.is_meta for each in call.outputs):
-            self.results.keep(len(self.records), call.outputs)
+            self.results.keep(len(self.records), call.outputs, read, written)
         self.records.append(Record(call.name, self.known.module, read, tuple(written), shapes, scalars))
 
     def _pin_all(self, tensors: list[Axes], why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from lightning_prune.errors import ConfigurationError, PlanError, TraceError
 from lightning_prune.structure import ChannelGroup, choose, pick, prune_, trace
 from lightning_prune.structure.knowledge import Knowledge
 from lightning_prune.structure.labels import Axis
+from lightning_prune.structure.watch import Repeats
 from tests.structure.test_surgery import Net, image
 
 
@@ -212,3 +214,60 @@ def test_values_of_the_first_pass_are_used_again(monkeypatch: pytest.MonkeyPatch
     graph = trace(_Choosing(), torch.ones(1, 6))
     assert [(group.name, group.size) for group in graph.groups] == [("layers.0", 16)]
     assert _Choosing.widths.count(16) == passes and len(_Choosing.widths) == passes + 3
+
+
+class _Wide(nn.Module):
+    """What a trace computes once has to be kept, the largest result of all, beside many that nobody asks for."""
+
+    passes: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.Tanh(), nn.Sigmoid(), nn.Linear(12, 24)
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not inputs.is_meta:
+            self.passes.append(self.layers[0].out_features)
+        out: Tensor = self.layers(inputs)
+        return out.exp() if float(out[0, 0]) > 0 else out.cos()
+
+
+@pytest.mark.parametrize(("room", "passes"), [(2**20, 1), (200, 1), (150, 1), (90, 2)])
+def test_what_the_probe_will_not_ask_for_is_forgotten_first(
+    monkeypatch: pytest.MonkeyPatch, room: int, passes: int
+) -> None:
+    monkeypatch.setattr("lightning_prune.structure.watch.ROOM", room)
+    monkeypatch.setattr(_Wide, "passes", [])
+    torch.manual_seed(0)
+    graph = trace(_Wide(), torch.ones(1, 6))
+    assert [(group.name, group.size) for group in graph.groups] == [("layers.0", 16), ("layers.2", 12)]
+    assert _Wide.passes.count(16) == passes and len(_Wide.passes) == passes + 3
+
+
+class _Counted:
+    """An operator that counts its calls."""
+
+    namespace = "torchvision"
+    overloadpacket = SimpleNamespace(__name__="nms")
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, boxes: Tensor, scores: Tensor, limit: float) -> Tensor:
+        self.calls += 1
+        return torch.full((2,), self.calls)
+
+
+def test_costly_operators_run_once_for_the_same_values() -> None:
+    """Equal means bit for bit, shapes and numbers too; nobody gets the tensor that is kept."""
+    repeats, operator = Repeats(), _Counted()
+    boxes, scores = torch.arange(8.0).reshape(2, 4), torch.zeros(2)
+    first = repeats.compute(operator, (boxes, scores, 0.5), {})
+    first.zero_()
+    assert repeats.compute(operator, (boxes.clone(), scores.clone(), 0.5), {}).tolist() == [1, 1]
+    others = [(boxes + 1, scores, 0.5), (boxes, scores + 1, 0.5), (boxes, scores, 0.6), (boxes.T, scores, 0.5)]
+    others += [(boxes, -scores, 0.5), (boxes.double(), scores, 0.5), (boxes, scores[:1], 0.5)]
+    assert [repeats.compute(operator, other, {})[0].item() for other in others] == list(range(2, 9))
+    assert operator.calls == 8
