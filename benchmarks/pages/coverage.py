@@ -112,8 +112,8 @@ def speed(results: Path) -> list[str]:
         "`python -m benchmarks.engine_speed`: trace, choice and surgery on 1 x 3 x 224 x 224, one thread, processor "
         "seconds, both engines in turn in one process, median of "
         f"{whole['rounds']} rounds. *Probe*: its part of the trace. *Peak*: MB above the network's own; *planned*: "
-        "that of trace and choice alone; *slim*: what the slim tensors take, which surgery holds beside the dense ones "
-        "until it can't fail any more.",
+        "that of trace and choice alone; *slim*: what the slim tensors take, which surgery would need if it made them "
+        "all before it lets a dense one go.",
         "",
         on(whole["machine"]),
         "",

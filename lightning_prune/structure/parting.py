@@ -35,7 +35,7 @@ def is_alone(tensor: Tensor) -> bool:
         return False
     storage = tensor.untyped_storage()
     whole = 0 < storage.nbytes() == tensor.nbytes and storage.resizable() and not storage.is_shared()
-    return whole and _holders(tensor) == _holders(torch.empty(0))
+    return whole and _holders(tensor) == _holders(torch.empty(0, device="cpu"))
 
 
 def _holders(tensor: Tensor) -> int:
@@ -65,12 +65,12 @@ def worth_parting(sizes: Sequence[tuple[int, int]]) -> slice:
 
 def spare_for(tensor: Tensor) -> Tensor:
     """Memory for as much as a tensor holds."""
-    return torch.empty(tensor.nbytes, dtype=torch.uint8)
+    return torch.empty(tensor.nbytes, dtype=torch.uint8, device=tensor.device)
 
 
 def housed(tensor: Tensor, spare: Tensor) -> Tensor:
     """A tensor of the same kind, shape and strides in other memory, which is at least as large."""
-    like = torch.empty(0, dtype=tensor.dtype)
+    like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return like.set_(spare.untyped_storage(), 0, tensor.size(), tensor.stride())
 
 

@@ -172,11 +172,13 @@ def _to_part(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cuts]) -> dict[st
 
 def _part(cuts: Sequence[tuple[nn.Parameter, Cuts]], undo: list[Callable[[], None]]) -> None:
     """Make slim tensors that are views of the memory of others, and no copy; the largest dense one comes first."""
-    spare = spare_for(cuts[0][0]) if cuts else torch.empty(0)
+    if not cuts:
+        return
+    spare = spare_for(cuts[0][0])
     for parameter, cut in cuts:
         dense = parameter.data
         whole = housed(dense, spare)
-        orders = {dim: _first(kept, dense.shape[dim]) for dim, (kept, _) in cut.items()}
+        orders = {dim: _first(kept.cpu(), dense.shape[dim]) for dim, (kept, _) in cut.items()}
         reorder_(whole, dense, orders)
         undo.append(partial(reorder_, dense, whole, {dim: order.argsort() for dim, order in orders.items()}))
         slim = whole
@@ -188,7 +190,7 @@ def _part(cuts: Sequence[tuple[nn.Parameter, Cuts]], undo: list[Callable[[], Non
 
 def _first(kept: Tensor, size: int) -> Tensor:
     """All positions of a dim, those that stay first."""
-    goes = torch.ones(size, dtype=torch.bool)
+    goes = torch.ones(size, dtype=torch.bool, device=kept.device)
     goes[kept] = False
     return torch.cat([kept, goes.nonzero().flatten()])
 
