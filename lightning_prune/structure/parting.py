@@ -13,6 +13,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+#: Not documented by torch; without it nobody is known to be alone.
+_count_holders = getattr(torch._C, "_storage_Use_Count", None)
+
 #: Dim -> which of its positions come first, second, ...
 Orders = Mapping[int, Tensor]
 
@@ -29,7 +32,12 @@ def is_alone(tensor: Tensor) -> bool:
     False for what lies on an accelerator, in a file, in memory that processes share or that another library has lent,
     and wherever a second tensor (a ``state_dict``, a view, a graph kept for its gradients) is in the same memory.
     """
-    if type(tensor) is not nn.Parameter or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    if (
+        _count_holders is None
+        or type(tensor) is not nn.Parameter
+        or tensor.device.type != "cpu"
+        or tensor.layout != torch.strided
+    ):
         return False
     if tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or not _packed(tensor).is_contiguous():
         return False
@@ -41,7 +49,7 @@ def is_alone(tensor: Tensor) -> bool:
 def _holders(tensor: Tensor) -> int:
     """How many hold a tensor's memory, this function included."""
     storage = tensor.untyped_storage()
-    count: int = torch._C._storage_Use_Count(storage._cdata)
+    count: int = _count_holders(storage._cdata)
     return count
 
 

@@ -248,6 +248,13 @@ def test_who_is_alone() -> None:
     assert not parting.is_alone(inside)
 
 
+def test_where_holders_are_not_counted_copies_are_made(monkeypatch: pytest.MonkeyPatch, parted: list[Tensor]) -> None:
+    monkeypatch.setattr(parting, "_count_holders", None)
+    model, plan = net()
+    prune_(model, plan)
+    assert not parted and model(image()).shape == (2, 5)
+
+
 def test_without_memory_for_a_tidy_end_the_slim_network_is_right() -> None:
     class Full(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
