@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_t
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.call import OWN, Call, Rule, tensors_in
 from lightning_prune.structure.labels import Axes
-from lightning_prune.structure.plan import plain_name
+from lightning_prune.structure.plan import named_modules, plain_name
 from lightning_prune.structure.probe import Listener, Prober
 from lightning_prune.structure.rules import RULES
 from lightning_prune.structure.rules.flow import Flow
@@ -199,8 +199,8 @@ def _returning(kind: str) -> SimpleNamespace:
 
 def sealed(model: nn.Module) -> nn.Module:
     """The model, in which every module with a rule of its own counts as one operator from now on."""
-    for module in model.modules():
-        operator = _operator_of(type(module)) if _MODULES else None
+    for _, module in named_modules(model) if _MODULES else ():
+        operator = _operator_of(type(module))
         if operator is not None:
             vars(module)["forward"] = functools.partial(_at_work, operator, module)
     return model

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_prune.structure.plan import submodule
+from lightning_prune.structure.plan import named_modules, submodule
 
 
 class Elastic(nn.Module):
@@ -326,7 +326,7 @@ def loosen_(model: nn.Module, joined: Iterable[str] = ()) -> nn.Module:
     for name in joined:
         module = submodule(model, name)
         module.__class__ = _make(Joined, type(module))
-    for module in model.modules():
+    for _, module in named_modules(model):
         twin = _twin_of(type(module))
         if twin is not None:
             module.__class__ = twin
@@ -351,7 +351,7 @@ def outgrown(model: nn.Module, joined: Iterable[str]) -> Iterator[tuple[nn.Modul
         module = submodule(model, name)
         if not isinstance(module, Joined):
             yield module, _make(Joined, type(module))
-    for module in model.modules():
+    for _, module in named_modules(model):
         twin = _twin_of(type(module))
         if twin is not None and len(set(twin.widths(module))) > 1:
             yield module, twin

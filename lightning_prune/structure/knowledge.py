@@ -116,6 +116,7 @@ class Knowledge:
         if any(a is not None and a.vanishes and not (b and b.vanishes) for a, b in pairs):
             self._tainted.add(StorageWeakRef(tensor.untyped_storage()))
         from_data = from_data or (old is not None and old.from_data)
+        self._known.pop(id(tensor), None)  # in the order of the pass, wherever tensors come to lie
         self._known[id(tensor)] = Known(weakref.ref(tensor), axes, from_data, is_weight)
 
     def from_data(self, tensor: Tensor) -> bool:

@@ -77,8 +77,9 @@ def named_modules(model: nn.Module, every: bool = False) -> Iterator[tuple[str, 
         if every or id(module) not in seen:
             seen.add(id(module))
             yield path, module
-            below = [(_below(path, key), child) for key, child in module._modules.items() if child is not None]
-            ahead.extend(reversed(below))
+            if module._modules:
+                below = [(_below(path, key), child) for key, child in module._modules.items() if child is not None]
+                ahead += below[::-1]
 
 
 def _below(path: str, key: str) -> str:
