@@ -147,16 +147,21 @@ def _cuts(graph: ChannelGraph, widths: dict[str, Ints], without_memory: bool) ->
     """The positions to take along every member's dim, and the numbers that modules keep of them."""
     tensors = named_tensors(graph.model)
     times: dict[Member, Ints] = {}
+    lengths: dict[Member, int] = {}
     for group in graph.groups:
+        more = int((widths[group.name] - 1).sum())
         for (name, dim), index in group.index.items():
-            whole = times.setdefault((name, dim), np.ones(tensors[name].shape[dim], dtype=np.int64))
-            whole[index.numpy()] = widths[group.name][:, None]
+            size = tensors[name].shape[dim]
+            lengths[name, dim] = lengths.get((name, dim), size) + more * index.shape[1]
+            if not without_memory:
+                whole = times.setdefault((name, dim), np.ones(size, dtype=np.int64))
+                whole[index.numpy()] = widths[group.name][:, None]
     cuts: dict[str, Cuts] = {}
-    for (name, dim), whole in times.items():
+    for (name, dim), length in lengths.items():
         if without_memory:
-            taken = torch.empty(int(whole.sum()), dtype=torch.int64, device="meta")
+            taken = torch.empty(length, dtype=torch.int64, device="meta")
         else:
-            taken = torch.from_numpy(np.arange(whole.size).repeat(whole))
+            taken = torch.from_numpy(np.arange(tensors[name].shape[dim]).repeat(times[name, dim]))
         cuts.setdefault(name, {})[dim] = Cut(taken, None)
     numbers = graph.dense_numbers()
     for attribute, parts in graph.numbers.items():

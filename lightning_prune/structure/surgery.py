@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_prune.errors import PlanError
 from lightning_prune.structure.elastic import nests, outgrown
 from lightning_prune.structure.parting import housed, is_alone, reorder_, spare_for, worth_parting
-from lightning_prune.structure.plan import NOWHERE, PruningPlan, named_tensors, signature, submodule
+from lightning_prune.structure.plan import NOWHERE, PruningPlan, named_modules, named_tensors, signature, submodule
 from lightning_prune.structure.sparsity import Plan, SparsityPlan, mask_
 
 
@@ -69,9 +69,12 @@ def prune_(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimi
         return
     check_fits(model, plan)
     cuts: dict[str, Cuts] = {}
+    taken: dict[int, Tensor] = {}
     for (name, dim), positions in plan.kept.items():
+        if id(positions) not in taken:  # members of one group share a tuple
+            taken[id(positions)] = torch.tensor(positions)
         into = torch.tensor(plan.merged[name, dim]) if (name, dim) in plan.summed else None
-        cuts.setdefault(name, {})[dim] = Cut(torch.tensor(positions), into)
+        cuts.setdefault(name, {})[dim] = Cut(taken[id(positions)], into)
     resize_(model, cuts, plan.numbers, plan.joined, optimizers, sparing=True)
 
 
@@ -88,7 +91,7 @@ def resize_(
     ``sparing``: with little memory, where each position is named once at most.
     """
     tensors = named_tensors(model)
-    depthwise = {name for name, module in model.named_modules() if _is_depthwise(module)}
+    modules = [(module, _is_depthwise(module)) for _, module in named_modules(model)]
     parted = _to_part(tensors, cuts) if sparing else {}
     layouts = [(parameter, _layout(parameter)) for parameter in parted.values()]
     with torch.no_grad(), _all_or_nothing() as undo:
@@ -104,13 +107,13 @@ def resize_(
             _update(state, new, undo)
         for optimizer in flat:
             _restart(optimizer, undo)
-        for name, module in model.named_modules():
-            _renumber(module, name in depthwise, undo)
+        for module, depthwise in modules:
+            _renumber(module, depthwise, undo)
         for name, number in numbers.items():
             _set_number(model, name, number, undo)
         for module, twin in list(outgrown(model, joined)):
             _set(module, "__class__", twin, undo)
-        for module in model.modules():
+        for module, _ in modules:
             if isinstance(module, nn.TransformerEncoder) and not nests(module):
                 _set(module, "use_nested_tensor", False, undo)
     _tidy(reversed(layouts))
@@ -134,6 +137,9 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
 def _cut(tensor: Tensor, cuts: Cuts, merging: bool) -> Tensor:
     """The kept positions, in fresh contiguous memory of the tensor's own layout."""
     out, device = tensor.detach(), tensor.device
+    if tensor.is_meta:
+        sizes = [len(cuts[dim].kept) if dim in cuts else size for dim, size in enumerate(tensor.shape)]
+        return torch.empty(sizes, dtype=tensor.dtype, device=device, memory_format=_layout(tensor))
     for dim, (kept, into) in cuts.items():
         if merging and into is not None:
             into = into.to(device)
@@ -321,12 +327,11 @@ def _renumber(module: nn.Module, depthwise: bool, undo: list[Callable[[], None]]
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):  # its weight is a plain attribute, made anew before each forward
             hook(module, None)
-    with _looking(module):
-        for kinds, numbers in NUMBERS:
-            if isinstance(module, kinds):
-                for attribute, value in numbers(module, depthwise).items():
-                    _set(module, attribute, value, undo)
-                break
+    numbers = next((numbers for kinds, numbers in NUMBERS if isinstance(module, kinds)), None)
+    if numbers is not None:
+        with _looking(module):
+            for attribute, value in numbers(module, depthwise).items():
+                _set(module, attribute, value, undo)
     if isinstance(module, nn.RNNBase):
         module.flatten_parameters()
 
@@ -334,7 +339,8 @@ def _renumber(module: nn.Module, depthwise: bool, undo: list[Callable[[], None]]
 @contextmanager
 def _looking(module: nn.Module) -> Iterator[None]:
     """Parametrized weights are computed when they are read; in evaluation mode that leaves no trace."""
-    steps = list(getattr(module, "parametrizations", nn.Module()).modules())
+    parametrizations = module._modules.get("parametrizations")
+    steps = [] if parametrizations is None else list(parametrizations.modules())
     modes = [step.training for step in steps]
     for step in steps:
         step.training = False
