@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_prune.structure.copying import deep_copy
-from lightning_prune.structure.plan import original
+from lightning_prune.structure.plan import named_modules, named_tensors, original
 
 
 def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
@@ -47,16 +47,17 @@ def replica(model: nn.Module, device: torch.device | str | None = None) -> nn.Mo
     """
     target = torch.device(device) if device is not None else None
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(_moved(parameter, target), requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = _moved(buffer, target)
+    for tensor in named_tensors(model).values():
+        moved = _moved(tensor, target)
+        if isinstance(tensor, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = moved
     with torch.no_grad(), _CopyTensors(target):
         try:
             copied = deep_copy(model, dict(memo))
         except TypeError:
             copied = deep_copy(model, {**memo, **_uncopyable(model)})
-    for module, twin in zip(model.modules(), copied.modules(), strict=True):
+    for (_, module), (_, twin) in zip(named_modules(model), named_modules(copied), strict=True):
         _complete(module, twin)
         if isinstance(twin, nn.SyncBatchNorm):
             twin.__class__ = _LocalBatchNorm  # type: ignore[assignment]  # both are batch norms

@@ -96,7 +96,7 @@ def resize_(
     layouts = [(parameter, _layout(parameter)) for parameter in parted.values()]
     with torch.no_grad(), _all_or_nothing() as undo:
         slim = {name: _cut(tensors[name], cut, merging=True) for name, cut in cuts.items() if name not in parted}
-        homes = _homes_of_buffers(model)
+        homes = _homes_of_buffers(module for module, _ in modules)
         flat = [each for each in optimizers if isinstance(each, LBFGS) and _holds(each, cuts, tensors)]
         others = [each for each in optimizers if each not in flat]
         states = [_slim_state(optimizer, tensors[name], cut) for name, cut in cuts.items() for optimizer in others]
@@ -213,10 +213,10 @@ def _tidy(layouts: Iterable[tuple[nn.Parameter, torch.memory_format]]) -> None:
 Homes = dict[int, list[tuple[dict[str, Tensor | None], str]]]
 
 
-def _homes_of_buffers(model: nn.Module) -> Homes:
+def _homes_of_buffers(modules: Iterable[nn.Module]) -> Homes:
     """Where each buffer is registered; a tied one lives in several places."""
     homes: Homes = {}
-    for module in model.modules():
+    for module in modules:
         for key, buffer in module._buffers.items():
             homes.setdefault(id(buffer), []).append((module._buffers, key))
     return homes
