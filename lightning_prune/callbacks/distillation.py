@@ -298,7 +298,7 @@ class Distiller:
                 return
             counts = torch.is_grad_enabled() and not is_redirected(called)
             if counts and not any(entry is not None for entry in self._stack):
-                said = map(self._logits, self._teacher.ask(name, self._name or "", args, kwargs, pl_module.device))
+                said = map(self._logits, self._teacher.ask(name, self._name or "", args, kwargs, pl_module))
                 leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
                 self._call = _Call(any(leaf.grad_fn is not None for leaf in leaves), list(said))
             self._stack.append(name if counts else None)

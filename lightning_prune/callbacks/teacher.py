@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.ranks import agreed, run_together
@@ -104,41 +105,32 @@ class Teacher:
 
     @torch.no_grad()
     def ask(
-        self, root: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+        self, root: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], pl_module: LightningModule
     ) -> list[Any]:
         """What one of its modules puts out whenever it is called, in a call of a module around it.
+
+        Before surgery a copy of the student answers for it, so that what can't work is known in time.
 
         Args:
             root: name of the called module, ``""`` for the LightningModule.
             name: of the module whose outputs are wanted.
             args: as the student's is called; left as they are.
             kwargs: the same.
-            device: the student's.
+            pl_module: the student.
 
         Raises:
             ConfigurationError: it can't be called so, or nothing is known of a part of it.
         """
         if self.network is None:
-            return []
-        module, found = submodule(self.network, root), list[Any]()
+            with isolate_rng():
+                return _outputs(_frozen(uncompiled(replica(pl_module))), root, name, args, kwargs)
         if root not in self._awake:
             lost = [each for each in self._unknown if each.startswith(f"{root}." if root else "")]
             if lost:
                 raise ConfigurationError(f"teacher={self.path!r} lacks {lost[0]!r}, which {root or 'forward'} has.")
-            module.to(device)
+            submodule(self.network, root).to(pl_module.device)
             self._awake.add(root)
-        handle = submodule(self.network, name).register_forward_hook(lambda *call: found.append(call[2]))
-        try:
-            module(*to_device(args, None), **to_device(kwargs, None))
-        except Exception as error:
-            first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-            raise ConfigurationError(
-                f"The teacher can't run on what {root or 'the LightningModule'} is called with ({first}); name the"
-                " whole network with logits_from=...."
-            ) from error
-        finally:
-            handle.remove()
-        return found
+        return _outputs(self.network, root, name, args, kwargs)
 
     def sleep(self) -> None:
         """Go back to the CPU."""
@@ -159,10 +151,7 @@ class Teacher:
                 )
             own[name].copy_(value)
         self._unknown = [name for name in own if name not in weights]
-        for module in network.modules():
-            if isinstance(module, LightningModule):
-                vars(module).update(log=_nothing, log_dict=_nothing)  # it has nothing to say but its logits
-        return network.requires_grad_(False).eval()
+        return _frozen(network)
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         network = pl_module if self._dense is None else self._dense
@@ -219,6 +208,30 @@ class Teacher:
                 f"The teacher of this run, {known.get('file') or FILE!r} with SHA-256 {str(known.get('digest'))[:12]},"
                 f" lies neither beside the checkpoint nor in {known.get('folder')}; put it there, or give teacher=PATH."
             )
+
+
+def _frozen(network: nn.Module) -> nn.Module:
+    """It learns nothing, drops nothing, and has nothing to say but its logits."""
+    for module in network.modules():
+        if isinstance(module, LightningModule):
+            vars(module).update(log=_nothing, log_dict=_nothing)
+    return network.requires_grad_(False).eval()
+
+
+def _outputs(network: nn.Module, root: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    found = list[Any]()
+    handle = submodule(network, name).register_forward_hook(lambda *call: found.append(call[2]))
+    try:
+        submodule(network, root)(*to_device(args, None), **to_device(kwargs, None))
+    except Exception as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise ConfigurationError(
+            f"The teacher can't run in evaluation mode on what {root or 'the LightningModule'} is called with"
+            f" ({first}); name the whole network with logits_from=...."
+        ) from error
+    finally:
+        handle.remove()
+    return found
 
 
 def _folder(trainer: Trainer) -> str:

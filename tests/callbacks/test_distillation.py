@@ -179,13 +179,22 @@ class Manual(Task):
         self.automatic_optimization = False
 
 
-class Own(Task):
-    """Calls the layers one after the other."""
+class Modes(Task):
+    """Losses in training, logits in evaluation, as detectors have it."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fails = fails
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            return self.net(images)
+        if self.fails:
+            raise ValueError("targets are missing")
+        return self.net(images)[:, :2]
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        hidden = self.net.norm(self.net.stem(batch[0])).relu()
-        hidden = (hidden + self.net.norm2(self.net.conv2(self.net.norm1(self.net.conv1(hidden)).relu()))).relu()
-        return nn.functional.cross_entropy(self.net.head(hidden.mean(dim=(2, 3))), batch[1])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
 class Shaped(Task):
@@ -226,6 +235,8 @@ class Shaped(Task):
         (lambda: Shaped("two"), {}, "gives 2 tensors, none of them called 'logits'"),
         (lambda: Shaped("numbers"), {}, "type torch.int64, which are no logits"),
         (lambda: Shaped("scalar"), {}, "shape .* are no logits"),
+        (Modes, {"module": "net"}, r"other shapes than the student's: \[\(16, 2\)\] and \[\(16, 4\)\]"),
+        (lambda: Modes(fails=True), {"module": "net"}, r"can't run in evaluation mode .*targets are missing"),
         (lambda: Shaped("silent"), {}, "never calls the LightningModule with gradients"),
     ],
 )
