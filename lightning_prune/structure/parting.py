@@ -7,14 +7,14 @@ is the same walk backwards: it takes no memory and ends with every tensor where 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 #: Not documented by torch; without it nobody is known to be alone.
-_count_holders = getattr(torch._C, "_storage_Use_Count", None)
+_count_holders: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 #: Dim -> which of its positions come first, second, ...
 Orders = Mapping[int, Tensor]
@@ -32,25 +32,20 @@ def is_alone(tensor: Tensor) -> bool:
     False for what lies on an accelerator, in a file, in memory that processes share or that another library has lent,
     and wherever a second tensor (a ``state_dict``, a view, a graph kept for its gradients) is in the same memory.
     """
-    if (
-        _count_holders is None
-        or type(tensor) is not nn.Parameter
-        or tensor.device.type != "cpu"
-        or tensor.layout != torch.strided
-    ):
+    if type(tensor) is not nn.Parameter or tensor.device.type != "cpu" or tensor.layout != torch.strided:
         return False
     if tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or not _packed(tensor).is_contiguous():
         return False
     storage = tensor.untyped_storage()
     whole = 0 < storage.nbytes() == tensor.nbytes and storage.resizable() and not storage.is_shared()
-    return whole and _holders(tensor) == _holders(torch.empty(0, device="cpu"))
+    holders = _holders(tensor)
+    return whole and holders is not None and holders == _holders(torch.empty(0, device="cpu"))
 
 
-def _holders(tensor: Tensor) -> int:
-    """How many hold a tensor's memory, this function included."""
+def _holders(tensor: Tensor) -> int | None:
+    """How many hold a tensor's memory, this function included; ``None`` where torch doesn't tell."""
     storage = tensor.untyped_storage()
-    count: int = _count_holders(storage._cdata)
-    return count
+    return None if _count_holders is None else _count_holders(storage._cdata)
 
 
 def worth_parting(sizes: Sequence[tuple[int, int]]) -> slice:
