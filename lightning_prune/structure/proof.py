@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_prune.errors import ProofError
 from lightning_prune.structure.plan import NOWHERE, PruningPlan, layer_of, named_tensors, plain_name
 from lightning_prune.structure.renormalising import Renormalising
 from lightning_prune.structure.replica import arguments, quiet_room, replica
+from lightning_prune.structure.rules.reduction import statistic
 from lightning_prune.structure.surgery import check_fits, prune_
 from lightning_prune.structure.watch import open_up, operator_name, rule_for, unknown
 
@@ -125,51 +126,68 @@ def _prove(model: nn.Module, plan: PruningPlan, args: Any, dtype: torch.dtype, t
     modes = ("eval", "train") if model.training else ("eval",)
     worst, count = 0.0, 0
     for mode in modes:
-        masked, slim = _pair(model, plan, dtype, train=mode == "train")
+        masked, slim = _pair(model, plan, dtype, mode)
         outputs = _run(masked, args, dtype)
         try:
             slim_outputs = _run(slim, args, dtype)
         except Exception as error:
             message = " ".join(str(error).split())
             raise ProofError(f"The slim network does not run: {message[:300]}.") from error
-        for dense, small in zip(outputs, slim_outputs, strict=True):
-            if dense.shape != small.shape:
-                raise ProofError(f"The slim network's output has shape {tuple(small.shape)}, not {tuple(dense.shape)}.")
-            worst, count = max(worst, _departure(dense, small)), count + dense.numel()
-        if not worst <= allowed:
-            where = _first_departure(*_pair(model, plan, dtype, train=mode == "train"), plan, args, dtype, allowed)
+        departure = _departures(outputs, slim_outputs)
+        if not departure <= allowed and plan.renormalised:  # zeros alone do not tell channels from other dims
+            masked, _ = _pair(model, plan, dtype, mode, slim.sizes)
+            departure = _departures(_run(masked, args, dtype), slim_outputs)
+        worst, count = max(worst, departure), count + sum(output.numel() for output in outputs)
+        if not departure <= allowed:
+            where = _first_departure(*_pair(model, plan, dtype, mode, slim.sizes), plan, args, dtype, allowed)
             raise ProofError(
-                f"The slim network departs from the masked one by {worst:.1e} of its largest output "
+                f"The slim network departs from the masked one by {departure:.1e} of its largest output "
                 f"(allowed: {allowed:.0e}); {where}."
             )
     return Proof(worst, allowed, count, modes, str(dtype).removeprefix("torch."))
 
 
-def _pair(model: nn.Module, plan: PruningPlan, dtype: torch.dtype, train: bool) -> tuple[_Run, _Run]:
-    """The masked and the slim network, ready to run."""
+def _departures(outputs: list[Tensor], slim_outputs: list[Tensor]) -> float:
+    """The largest departure of any output."""
+    for dense, small in zip(outputs, slim_outputs, strict=True):
+        if dense.shape != small.shape:
+            raise ProofError(f"The slim network's output has shape {tuple(small.shape)}, not {tuple(dense.shape)}.")
+    return max(map(_departure, outputs, slim_outputs), default=0.0)
+
+
+def _pair(
+    model: nn.Module, plan: PruningPlan, dtype: torch.dtype, mode: str, sizes: Iterable[torch.Size] = ()
+) -> tuple[_Run, _Run]:
+    """The masked and the slim network, ready to run.
+
+    ``sizes``: of what the slim network takes statistics over, one after another, where that is known.
+    """
     masked, slim = replica(model).to(dtype), replica(model).to(dtype)
-    if not train:
+    if mode == "eval":
         masked.eval(), slim.eval()
     tensors = named_tensors(masked)
     with torch.no_grad():
         for name, value in masked_state(masked, plan).items():
             tensors[name].copy_(value)
     prune_(slim, plan)
-    return _Run(masked, Renormalising(plan, tensors)), _Run(slim, None)
+    return _Run(masked, Renormalising(plan, tensors, sizes)), _Run(slim, None)
 
 
 @dataclass(frozen=True)
 class _Run:
     network: nn.Module
     renormalising: Renormalising | None
+    #: of what it takes statistics over, in the slim network
+    sizes: list[torch.Size] = field(default_factory=list)
 
 
 class _Fair(TorchDispatchMode):
     """No dropout, the same random numbers for the same shapes, and statistics over what stays."""
 
-    def __init__(self, renormalising: Renormalising | None) -> None:
+    def __init__(self, run: _Run) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
-        self.renormalising = renormalising
+        self.renormalising = run.renormalising
+        self.sizes = run.sizes
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -189,11 +207,13 @@ class _Fair(TorchDispatchMode):
             opened = open_up(self, func, args, kwargs)
             if opened is not NotImplemented:
                 return opened
+        if anew is None and rule is statistic:
+            self.sizes.append(args[0].shape)
         return func(*args, **kwargs) if anew is None else anew.run(func, name, rule or unknown, args, kwargs)
 
 
 def _run(run: _Run, args: Any, dtype: torch.dtype) -> list[Tensor]:
-    with _exact(), quiet_room(), _Fair(run.renormalising):
+    with _exact(), quiet_room(), _Fair(run):
         positional, named = _cast(args, dtype)
         output = run.network(*positional, **named)
     return [leaf.detach() for leaf in _leaves(output) if leaf.is_floating_point()]

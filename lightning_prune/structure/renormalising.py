@@ -9,7 +9,7 @@ wherever the plan keeps nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,15 +66,17 @@ class Renormalising:
     Args:
         plan: which norms, weights and averages are renormalised, and what of them stays.
         tensors: the network's parameters and buffers by name.
+        sizes: of what the slim network takes statistics over, one after another, where that is known.
     """
 
-    def __init__(self, plan: PruningPlan, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, plan: PruningPlan, tensors: Mapping[str, Tensor], sizes: Iterable[torch.Size] = ()) -> None:
         #: tensor -> which of its positions stay, of the same shape
         self._stays: Any = WeakIdKeyDictionary()
         #: statistics of these, and what has been made of them alone
         self._statistics: Any = WeakIdKeyDictionary()
         #: length of a dim -> which of its channels may stay, fewest first
         self._choices: dict[int, list[Tensor]] = {}
+        self._sizes = iter(sizes)
         for name in plan.renormalised:
             tensor = tensors[name]
             stays = tensor.new_ones(tensor.shape, dtype=torch.bool)
@@ -95,7 +97,8 @@ class Renormalising:
             return _over_kept(func, name, args, kwargs, self._stays[scale].nonzero().flatten())
         if rule is reduction.statistic:
             dims = kwargs.get("dim", args[1] if len(args) > 1 and not isinstance(args[1], bool) else None)
-            result = func(self._gathered(args[0], several(dims, args[0].dim())), *args[1:], **kwargs)
+            left = next(self._sizes, None)
+            result = func(self._gathered(args[0], several(dims, args[0].dim()), left), *args[1:], **kwargs)
             if args[0] in self._stays or args[0] in self._statistics:
                 self._note_statistics(result)
             return result
@@ -143,21 +146,26 @@ class Renormalising:
             return leaf
         return self._stays[leaf] if leaf in self._stays else leaf.new_ones(leaf.shape, dtype=torch.bool)
 
-    def _gathered(self, tensor: Tensor, dims: Collection[int]) -> Tensor:
+    def _gathered(self, tensor: Tensor, dims: Collection[int], left: torch.Size | None = None) -> Tensor:
         """What stays along some dims."""
-        for dim, line in self._lines(tensor, dims).items():
+        for dim, line in self._lines(tensor, dims, left).items():
             tensor = tensor.index_select(dim, line.nonzero().flatten())
         return tensor
 
-    def _lines(self, tensor: Tensor, dims: Collection[int]) -> dict[int, Tensor]:
-        """Along each of some dims, which positions stay; of activations those are told by the zeros of the others."""
+    def _lines(self, tensor: Tensor, dims: Collection[int], left: torch.Size | None = None) -> dict[int, Tensor]:
+        """Along each of some dims, which positions stay.
+
+        Of activations those are told by the zeros of the others, and by how many are left, where that is known.
+        """
         if tensor in self._stays:
             stays = self._stays[tensor]
             return {dim: stays.movedim(dim, 0).reshape(stays.shape[dim], -1).any(1) for dim in dims}
         found = {}
         for dim in dims:
-            known = (line for line in self._choices.get(tensor.shape[dim], ()) if _holds_only(tensor, dim, line))
-            if (line := next(known, None)) is not None:
+            lines: Sequence[Tensor] = self._choices.get(tensor.shape[dim], ())
+            if left is not None and len(left) == tensor.dim():
+                lines = [line for line in lines if int(line.sum()) == left[dim]]
+            if (line := next((line for line in lines if _holds_only(tensor, dim, line)), None)) is not None:
                 found[dim] = line
         return found
 

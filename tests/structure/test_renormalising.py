@@ -327,3 +327,29 @@ def test_a_lent_shape_makes_no_weight() -> None:
     graph = trace(model, inputs)
     assert "are taken together (mean" in graph.pinned["a"]
     assert prove(model, graph.plan(pick(graph, 0.5, scope="all")), inputs).error < 1e-12
+
+
+class Padded(nn.Module):
+    """As many tokens as channels; the average over tokens counts those that are padded with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.embed(x)) * (x.abs().sum(-1, keepdim=True) > 0)
+        return self.head(tokens.mean(1))
+
+
+def test_zeros_along_another_dim_of_the_same_length_are_no_channels() -> None:
+    """The padded tokens have the numbers of the channels that go."""
+    torch.manual_seed(0)
+    model, x = Padded().eval(), torch.randn(2, 8, 3)
+    plan = choose(trace(model, x), 0.5, scope="all")
+    assert plan.renormalised and len(plan.kept["embed.weight", 0]) == 4
+    x[:, sorted(set(range(8)) - set(plan.kept["embed.weight", 0]))] = 0
+    assert prove(model, plan, x).error < 1e-12
+    with torch.no_grad():
+        model.norm.weight[:] = 0
+        model.norm.bias[:] = torch.arange(8.0)
+    assert prove(model, plan, x).error < 1e-12
