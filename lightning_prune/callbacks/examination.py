@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.ranks import on_first_rank, run_together
+from lightning_prune.door import check, is_whole, once_each
 from lightning_prune.errors import ProofError
 from lightning_prune.reports.cost import Cost, count_cost
-from lightning_prune.reports.latency import Latency, race
+from lightning_prune.reports.latency import VARIANTS, Latency, race
 from lightning_prune.reports.origin import commit
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.reports.wording import first_line
@@ -51,6 +52,22 @@ class Examination(NamedTuple):
     proof: Proof | None
     dense: Look | None
     slim_latency: tuple[Latency, ...] = ()
+
+
+def latencies_wanted(batches: Sequence[int], variants: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Batch sizes and variants at which latency is measured, if they are any.
+
+    Raises:
+        ConfigurationError: they are not.
+
+    >>> latencies_wanted([1, 64], ["eager"])
+    ((1, 64), ('eager',))
+    """
+    sizes, known = once_each("latency_batches", batches, "batch sizes"), ", ".join(VARIANTS)
+    check(all(is_whole(each) and each >= 1 for each in sizes), f"latency_batches={sizes} must be positive batch sizes.")
+    ways = once_each("latency_variants", variants, known)
+    check(all(each in VARIANTS for each in ways), f"latency_variants={ways!r} must be a list of {known}.")
+    return tuple(sizes), tuple(ways)
 
 
 def examine(

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_prune.door import check
 from lightning_prune.errors import ConfigurationError
 
 Finetune = Literal["continue", "restart"]
@@ -41,6 +42,9 @@ class FinetuneStage:
     def __post_init__(self) -> None:
         if self.mode not in ("continue", "restart"):
             raise ConfigurationError(f'finetune={self.mode!r} is neither "continue" nor "restart".')
+        for name, build in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+            is_builder = build is None or callable(build)
+            check(is_builder, f"finetune_{name}={build!r} must be a function, such as functools.partial(...).")
         if self.mode == "restart" and self.optimizer is not None:
             raise ConfigurationError(
                 'finetune="restart" asks the module for its optimiser, finetune_optimizer brings another: give one.'

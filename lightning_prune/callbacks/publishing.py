@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
+from lightning_prune.door import check, text
 from lightning_prune.reports.files import free_path, is_replaceable, write_report
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.reports.tables import surgery_table
@@ -24,9 +25,15 @@ class Publisher:
     Args:
         file: name of the report in the run's directory; the same as a page stands beside it under ``.html``. ``None``
             writes neither.
+
+    Raises:
+        ConfigurationError: the name is none of a data file.
     """
 
     def __init__(self, file: str | None) -> None:
+        text("report_file", file)
+        is_data = file is None or (Path(file).name and Path(file).suffix.lower() not in (".html", ".htm"))
+        check(bool(is_data), f"report_file={file!r} names the data, such as report.json; a page comes too.")
         self._file = file
         self._chosen: dict[Path, Path] = {}
         self._told = set[str]()

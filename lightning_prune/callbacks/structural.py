@@ -22,7 +22,7 @@ from lightning_prune.callbacks.checkpointing import attach_, detach_, history
 from lightning_prune.callbacks.decision import Decision, common_multiple, decide, find_partners
 from lightning_prune.callbacks.distillation import Distillation, Distiller
 from lightning_prune.callbacks.dynamics import is_last_batch
-from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine
+from lightning_prune.callbacks.examination import Examination, Inputs, conclude, examine, latencies_wanted
 from lightning_prune.callbacks.finetune import FinetuneStage
 from lightning_prune.callbacks.horizon import (
     another_epoch_starts,
@@ -39,15 +39,12 @@ from lightning_prune.callbacks.publishing import Publisher
 from lightning_prune.callbacks.ranks import agreed, run_together
 from lightning_prune.callbacks.recording import Diary, configuration
 from lightning_prune.callbacks.watching import PruningCallback, reading_state
-from lightning_prune.door import check, is_whole, number, once_each, text, whole
+from lightning_prune.door import check, number, text, whole
 from lightning_prune.errors import ConfigurationError, PlanError
-from lightning_prune.reports.latency import VARIANTS
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.structure import Outcome, Plan
 from lightning_prune.structure.plan import submodule
 from lightning_prune.structure.replica import replica
-
-_PAGES = (".html", ".htm")
 
 
 class StructuralPruning(PruningCallback):
@@ -132,20 +129,6 @@ class StructuralPruning(PruningCallback):
         if tolerance is not None:
             number("tolerance", tolerance)
             check(tolerance > 0, f"tolerance={tolerance} must be positive.")
-        text("report_file", report_file)
-        if report_file is not None and (not Path(report_file).name or Path(report_file).suffix.lower() in _PAGES):
-            raise ConfigurationError(
-                f"report_file={report_file!r} names the data, such as report.json; a page comes too."
-            )
-        batches = once_each("latency_batches", latency_batches, "batch sizes")
-        are_sizes = all(is_whole(size) and size >= 1 for size in batches)
-        check(are_sizes, f"latency_batches={batches} must be positive batch sizes.")
-        variants = once_each("latency_variants", latency_variants, ", ".join(VARIANTS))
-        are_known = all(each in VARIANTS for each in variants)
-        check(are_known, f"latency_variants={variants!r} must be a list of {', '.join(VARIANTS)}.")
-        for name, build in (("optimizer", finetune_optimizer), ("scheduler", finetune_scheduler)):
-            is_builder = build is None or callable(build)
-            check(is_builder, f"finetune_{name}={build!r} must be a function, such as functools.partial(...).")
         self.at_epoch = at_epoch
         self.cut_when = cut_when
         self.safe_change = safe_change
@@ -157,8 +140,7 @@ class StructuralPruning(PruningCallback):
         self.teacher = os.fspath(teacher) if isinstance(teacher, os.PathLike) else teacher
         self.logits_from = logits_from
         self.tolerance = tolerance
-        self.latency_batches = tuple(batches)
-        self.latency_variants = tuple(variants)
+        self.latency_batches, self.latency_variants = latencies_wanted(latency_batches, latency_variants)
         self.report_file = report_file
         self._stage = FinetuneStage(finetune, finetune_optimizer, finetune_scheduler)
         self._guard = StopGuard()
