@@ -146,15 +146,16 @@ class ChannelGraph:
             group, gone = known[name], _numbers(name, channels, known[name].size)
             if not gone:
                 continue
+            rows = np.array(gone)
             for member, index in group.index.items():
                 if member not in stays:
                     stays[member] = np.ones(tensors[member[0]].shape[member[1]], dtype=np.bool_)
-                stays[member][index.numpy()[gone]] = False
+                stays[member][index.numpy()[rows]] = False
             if into and name in into:
                 summed.update(group.inputs)
                 for member, targets in group.targets(gone, into[name]).items():
                     whole = merged.setdefault(member, torch.arange(stays[member].size))
-                    whole[group.index[member][gone]] = targets
+                    whole[group.index[member][torch.from_numpy(rows)]] = targets
             outputs.update(group.outputs)
             renormalised.update(name for name, _ in group.renormalised)
             for attribute, parts in self.numbers.items():
