@@ -492,6 +492,10 @@ def test_from_a_plan_to_onnx(module: str, capsys: pytest.CaptureFixture[str]) ->
     Path("others.json").replace("report.json")
     assert main([*export, *archive]) == 0 and "Named" not in capsys.readouterr().out
     assert main([*export, *archive, "--report", "none.json"]) == 1
+    capsys.readouterr()
+    assert main([*export, "--out", "none/slim.onnx"]) == 1
+    assert main(["plan", "apply", "plan.json", *model, "--out", "none/slim.safetensors"]) == 1
+    assert capsys.readouterr().err.count(": there is no folder none.\n") == 2
     assert main(["plan", *model, "--input", "2,1,8,8", "--ratio", "0.25", "--out", "less.json"]) == 0
     capsys.readouterr()
     assert main(["plan", "diff", "plan.json", "less.json"]) == 1
@@ -538,6 +542,9 @@ def test_what_round_to_auto_has_found_is_told(
         (["plan", "--model", "torch.Tensor", "--input", "1,2"], 1, "makes a Tensor, not a torch.nn.Module"),
         (["plan", "--model", "torch.nn.ReLU", "--input", "1,2", "--config", "a.yaml"], 1, "a preview of its own"),
         (["plan", "--script", "none.py"], 2, "There is no script none.py"),
+        (["plan", "--script", "a.py", "--ratio", "0.5"], 1, "--ratio belongs to --model; a configured run has its own"),
+        (["plan", "--script", "a.py", "--model-args", '{"a": 1}'], 1, "--model-args belongs to --model"),
+        (["plan", "-c", "a.yaml", "--global"], 1, "--global belongs to --model"),
         (["plan", "--config", "none.yaml"], 2, "There is no file none.yaml"),
         (["plan", "diff", "none.json", "none.json"], 2, "There is no file none.json"),
         (["inspect", "none.safetensors"], 2, "There is no file none.safetensors"),
@@ -571,8 +578,9 @@ def test_errors_are_one_line(
         (["inspect", "a", "--fast"], "unrecognized arguments: --fast"),
         (["plan", "--model", "m", "--input", "3,a"], "'3,a' is no shape"),
         (["plan", "--model", "m", "--model-args", "[]"], "is no JSON object"),
+        (["plan", "--model", "m", "--batch", "0"], "'0' is no whole number of at least 1"),
         (["plan", "--model", "m", "--input", "1,3", "--budgett", "1"], "unrecognized arguments: --budgett 1"),
-        (["plan", "--model", "m", "--round-to", "eight"], "'eight' is no whole number of at least 1; or write auto"),
+        (["plan", "--model", "m", "--round-to", "eight"], "'eight' is no whole number of at least 1"),
     ],
 )
 def test_wrong_usage_ends_with_two(command: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,13 +71,14 @@ def _plan(found: Any) -> None:
     choice.add_argument("--round-to", type=_multiple, default=1, help="widths are multiples of this, or auto (1)")
     choice.add_argument("--global", dest="global_", action="store_true", help="one threshold over all layers")
     choice.add_argument("--ignore", action="append", default=[], help="pattern of layers that stay; several times")
-    plan.add_argument("--batch", type=int, action="append", default=[], help="batch size for latency; several times")
+    plan.add_argument("--batch", type=_size, action="append", default=[], help="batch size for latency; several times")
     plan.add_argument(
         "--variant", choices=VARIANTS, action="append", default=[], help="how to run for latency (eager); several times"
     )
     plan.add_argument("--out", help="write the plan as JSON")
     _add_json(plan)
-    plan.set_defaults(run=commands.plan, takes_rest=True)
+    own = ("input", "model_args", "weights", "ratio", "budget", "score", "scope", "round_to", "global_", "ignore")
+    plan.set_defaults(run=commands.plan, takes_rest=True, of_model={name: plan.get_default(name) for name in own})
     diff = found.add_parser("plan diff", help="where two plans differ")
     diff.add_argument("first", help="plan (.json) or slim file (.safetensors)")
     diff.add_argument("second", help="the same")
@@ -117,10 +118,14 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _size(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
 def _multiple(text: str) -> int | str:
-    if text != "auto" and not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1; or write auto")
-    return text if text == "auto" else int(text)
+    return text if text == "auto" else _size(text)
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def plan(asked: argparse.Namespace, rest: Sequence[str]) -> int:
             )
         preview = _preview_of_model(asked)
     elif asked.config or asked.script:
+        _refuse_what_belongs_to_a_model(asked)
         preview = _preview_of_run(asked, rest)
     else:
         raise ConfigurationError("Say what to preview: --config or --script of a run, or --model with --input.")
@@ -49,6 +50,16 @@ def plan(asked: argparse.Namespace, rest: Sequence[str]) -> int:
         if asked.out:
             sys.stdout.write(f"Plan: {asked.out}\n")
     return 0
+
+
+def _refuse_what_belongs_to_a_model(asked: argparse.Namespace) -> None:
+    """A configured run has its own; silence would pass for consent."""
+    for name, unsaid in asked.of_model.items():
+        if getattr(asked, name) != unsaid:
+            flag = f"--{name.rstrip('_').replace('_', '-')}"
+            raise ConfigurationError(
+                f"{flag} belongs to --model; a configured run has its own. What is meant for the script comes after --."
+            )
 
 
 def _preview_of_model(asked: argparse.Namespace) -> Preview:

@@ -79,6 +79,8 @@ def export(
         inputs, batches = resized(inputs, samples), (samples, samples + 1)
     network = uncompiled(replica(model, "cpu")).eval()
     target = Path(path)
+    if not target.parent.is_dir():
+        raise ExportError(f"The {format} file can't be written to {target}: there is no folder {target.parent}.")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         draft = Path(folder) / target.name
         with quiet_room(), torch.no_grad(), silence("torch.onnx"), silence("onnxscript"):

@@ -61,6 +61,9 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str], plan: Plan, /, **m
         text = json.dumps({**header, "digest": _digest(header, tensors)}, sort_keys=True)
     except TypeError as error:
         raise SlimFileError(f"The metadata must be what JSON can hold: {error}.") from error
+    folder = os.path.dirname(os.fspath(path)) or "."
+    if not os.path.isdir(folder):
+        raise SlimFileError(f"The slim file can't be written to {os.fspath(path)}: there is no folder {folder}.")
     try:
         with draft_of(path) as draft:
             save_file({name: tensor.clone() for name, tensor in tensors.items()}, draft, metadata={KEY: text})
