@@ -22,7 +22,7 @@ from lightning_prune.callbacks.teacher import Teacher
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import distillation
 from lightning_prune.reports.report import Distilled
-from lightning_prune.structure.plan import original, plain_name
+from lightning_prune.structure.plan import original, plain_name, submodule
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Distillation:
 class _Call:
     """A call of the outermost module on the way to the logits."""
 
+    root: str
     derived: bool
     teacher: list[Tensor]
     student: list[Tensor] = field(default_factory=list)
@@ -198,13 +199,14 @@ class Distiller:
         """After a backward pass another forward pass may follow in the same batch, under LBFGS."""
         self._watching = bool(self._handles)
 
-    def add_(self, loss: Tensor, trainer: Trainer, default: str | None) -> None:
+    def add_(self, loss: Tensor, trainer: Trainer, pruned: str, is_found: bool) -> None:
         """Put the teacher's part into the loss, in ``on_before_backward``.
 
         Args:
             loss: of this batch; changed in place after surgery.
             trainer: of this step.
-            default: name of the network whose output may be taken for the logits; ``None`` where there is none.
+            pruned: name of the network that is pruned.
+            is_found: whether that was found without being named: then its output may be taken for the logits.
 
         Raises:
             ConfigurationError: there are no logits, or none that a teacher could be compared with.
@@ -214,12 +216,12 @@ class Distiller:
         asked, calls = self._asked, self._calls
         self._watching = False  # checkpointed activations are computed once more in the backward pass
         if self._name is None:
-            self._name = "" if calls else default
+            self._name = "" if calls else pruned if is_found else None
             if self._name:
                 self._detach()  # its own hooks come in the next batch
                 return
         if not self._is_known:
-            self._refuse_none(calls)
+            self._refuse(calls, trainer.lightning_module, pruned)
         pairs = [pair for call in calls for pair in _pairs(call, self._name or "the LightningModule")]
         self._is_known = True
         if self._teacher.network is None:
@@ -261,7 +263,7 @@ class Distiller:
         share = asked.weight / len(found)
         return Penalty(asked.weight * self._value, [z for z, _ in pairs], [share * gradient for _, gradient in found])
 
-    def _refuse_none(self, calls: Sequence[_Call]) -> None:
+    def _refuse(self, calls: Sequence[_Call], pl_module: LightningModule, pruned: str) -> None:
         """Raises: ConfigurationError: no call gave logits, or they are computed of features, not of a batch."""
         name = self._name or "the LightningModule"
         if not calls:
@@ -269,7 +271,7 @@ class Distiller:
                 f"distill found no logits: training_step never calls {name} with gradients, or runs past it in compiled"
                 " code; name the module that gives them with logits_from=...."
             )
-        if any(call.derived for call in calls):
+        if any(call.derived or not _holds(pl_module, call.root, pruned) for call in calls):
             raise ConfigurationError(
                 f"logits_from={name!r} is called with what other layers have computed, which the teacher would have to"
                 " compute itself; call the whole network, and name that."
@@ -288,7 +290,8 @@ class Distiller:
             torch.compiler.reset()  # what is compiled already would run past the hooks of its parts
         for name in path:
             enter, leave = self._enter(name, modules[name], pl_module), self._leave(name, modules[name])
-            self._handles.append(modules[name].register_forward_pre_hook(enter, with_kwargs=True))
+            # first of all: the teacher has copies of the user's own hooks, and changes its inputs by them itself
+            self._handles.append(modules[name].register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             self._handles.append(modules[name].register_forward_hook(leave, always_call=True))
 
     def _enter(self, name: str, module: nn.Module, pl_module: LightningModule) -> Callable[..., None]:
@@ -300,7 +303,7 @@ class Distiller:
             if counts and not any(entry is not None for entry in self._stack):
                 said = map(self._logits, self._teacher.ask(name, self._name or "", args, kwargs, pl_module))
                 leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-                self._call = _Call(any(leaf.grad_fn is not None for leaf in leaves), list(said))
+                self._call = _Call(name, any(leaf.grad_fn is not None for leaf in leaves), list(said))
             self._stack.append(name if counts else None)
 
         return _uncompiled(enter)
@@ -335,6 +338,12 @@ class Distiller:
         self._stack.clear()
         self._calls = []
         self._call = None
+
+
+def _holds(pl_module: LightningModule, root: str, pruned: str) -> bool:
+    """Whether one module has all that the pruned one has: what came before it would be the slim network's."""
+    inside, wanted = (set(submodule(pl_module, name).parameters()) for name in (root, pruned))
+    return wanted <= inside
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -382,18 +382,17 @@ class StructuralPruning(PruningCallback):
         """The proof that a resumed run still owes; and what is to be learnt from the dense network."""
         super().on_before_backward(trainer, pl_module, loss)
         self._catch_up(trainer, pl_module)
-        self._distiller.add_(loss, trainer, self._network_name())
+        is_found = all(each.module is None for each in (self, *self._partners))
+        self._distiller.add_(loss, trainer, self._network_name(), is_found)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Another forward pass may follow in the same batch."""
         super().on_after_backward(trainer, pl_module)
         self._distiller.go_on()
 
-    def _network_name(self) -> str | None:
-        """Of the network that was found without being named: its output is that of the whole."""
-        if any(each.module is not None for each in (self, *self._partners)):
-            return None
-        return self._decision.module if self._done and self._decision is not None else self.capture.name
+    def _network_name(self) -> str:
+        """Of the network that is pruned."""
+        return (self._decision.module if self._done and self._decision is not None else self.capture.name) or ""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep masked weights still; and the proof, where manual optimisation has bypassed ``on_before_backward``."""

@@ -1,0 +1,125 @@
+"""What users' modules and steps do, and which of their calls the teacher is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_prune import Magnitude
+from lightning_prune.callbacks import distillation
+from lightning_prune.callbacks.structural import StructuralPruning
+from lightning_prune.errors import ConfigurationError
+from tests.callbacks.distilling import surgeon
+from tests.callbacks.nets import feature_loader, linear_net, seeded, trainer
+
+TAUGHT = 8  # batches behind surgery
+
+
+class Whole(LightningModule):
+    """Calls its own forward."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net: Any = linear_net() if net is None else net
+
+    def forward(self, features: Tensor) -> Any:
+        return self.net(features)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class Direct(Whole):
+    """Calls its network."""
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def fit(folder: Path, task: Any, surgery: StructuralPruning | None = None, start: int = 1) -> StructuralPruning:
+    """Surgery after epoch 2 of 4."""
+    surgery = surgeon() if surgery is None else surgery
+    run = trainer(surgery, Magnitude(0.5, start=start, epochs=2 - start), max_epochs=4, default_root_dir=folder)
+    run.fit(task, feature_loader(4))
+    return surgery
+
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch) -> Pairs:
+    """The student's and the teacher's logits of every call that counted."""
+    found: Pairs = []
+    plain = distillation.distillation
+
+    def noted(student: Tensor, teacher: Tensor, *rest: Any) -> Any:
+        found.append((student.detach().clone(), teacher.detach().clone()))
+        return plain(student, teacher, *rest)
+
+    monkeypatch.setattr(distillation, "distillation", noted)
+    return found
+
+
+LAST = list(feature_loader(4))[-1][0]
+
+
+@pytest.mark.parametrize("kind", [Whole, Direct])
+def test_a_hook_that_changes_the_inputs_changes_the_teachers_once(
+    kind: type[Whole], pairs: Pairs, tmp_path: Path
+) -> None:
+    task = seeded(kind)
+    (task if kind is Whole else task.net).register_forward_pre_hook(lambda _, args: ((args[0] - 5) / 2,))
+    twin: Any = fit(tmp_path, task)._distiller._teacher.network
+    expected = nn.Sequential.forward(twin.net, (LAST - 5) / 2)
+    assert len(pairs) == TAUGHT
+    assert torch.allclose(pairs[-1][1], expected, atol=1e-5)
+
+
+class Split(nn.Module):
+    """Two parts that are called by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(features))
+        return logits
+
+
+def test_a_head_on_frozen_features_is_refused(tmp_path: Path) -> None:
+    """They don't depend on what is learnt, but they are the slim network's."""
+
+    class Frozen(Whole):
+        def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                features = self.net.body(batch[0])
+            return functional.cross_entropy(self.net.head(features), batch[1])
+
+    task = seeded(lambda: Frozen(Split()))
+    with pytest.raises(ConfigurationError, match=r"'net.head' is called with what other layers have computed"):
+        fit(tmp_path, task, surgeon(logits_from="net.head", module="net.body"))
+
+
+def test_a_network_beside_the_forward_counts_where_it_has_all(pairs: Pairs, tmp_path: Path) -> None:
+    """The pruned network is the LightningModule then."""
+
+    class Beside(Whole):
+        def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+            self(batch[0])
+            return functional.cross_entropy(self.net(batch[0].flip(0)), batch[1].flip(0))
+
+    fit(tmp_path, seeded(Beside), surgeon(logits_from="net"))
+    assert len(pairs) >= TAUGHT
