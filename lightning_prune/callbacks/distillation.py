@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks.capture import is_redirected
 from lightning_prune.callbacks.dynamics import logs_after
 from lightning_prune.callbacks.inject import Penalty, add_to_loss_
+from lightning_prune.callbacks.lineage import comes_of
+from lightning_prune.callbacks.ranks import agreed, run_together
 from lightning_prune.callbacks.teacher import Teacher
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import distillation
@@ -88,14 +92,17 @@ class _Call:
     teacher: list[Tensor]
     student: list[Tensor] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # how often each had been changed in place by then
+    origins: list[Node | None] = field(default_factory=list)
+    counts: list[bool] = field(default_factory=list)  # which of them the loss comes of
 
 
 class Distiller:
     """Puts the teacher's part into the loss of every batch after surgery; without being asked it does nothing.
 
     The logits are those of ``training_step``'s own forward passes, found by hooks; the teacher runs on the same inputs,
-    in the same precision. Calls without gradients don't count, and a batch without a call has its own loss alone. In
-    the first batch of a run, long before surgery, it is seen whether there are logits.
+    in the same precision. Calls that the loss doesn't come of (without gradients, for an attack, for a log) don't
+    count, and a batch without one that does has its own loss alone. In the first batch of a run, long before surgery,
+    it is seen whether there are logits.
 
     Args:
         asked: how; ``None`` for not at all.
@@ -122,6 +129,7 @@ class Distiller:
         self._handles: list[RemovableHandle] = []
         self._watching = False
         self._is_known = False
+        self._has_warned = False
         self._stack: list[str | None] = []
         self._call: _Call | None = None
         self._calls: list[_Call] = []
@@ -184,7 +192,6 @@ class Distiller:
         """Surgery comes next, or has been before a resume."""
         if self._asked is not None:
             self._teacher.build(trainer, pl_module)
-            self._is_known = False
 
     def begin_batch(self, pl_module: LightningModule) -> None:
         """Watch this batch's forward passes, if anybody will learn from them or doesn't know them yet."""
@@ -213,21 +220,32 @@ class Distiller:
         """
         if not self._watching or self._asked is None:
             return
-        asked, calls = self._asked, self._calls
+        asked = self._asked
         self._watching = False  # checkpointed activations are computed once more in the backward pass
+        calls = _counting(self._calls, loss)
         if self._name is None:
-            self._name = "" if calls else pruned if is_found else None
+            self._name = agreed(trainer, lambda: "" if calls else pruned if is_found else None, "Distillation")
             if self._name:
                 self._detach()  # its own hooks come in the next batch
                 return
-        if not self._is_known:
-            self._refuse(calls, trainer.lightning_module, pruned)
-        pairs = [pair for call in calls for pair in _pairs(call, self._name or "the LightningModule")]
+
+        def look() -> list[tuple[Tensor, Tensor]]:
+            if not self._is_known:
+                self._refuse(calls, trainer.lightning_module, pruned)
+            return [pair for call in calls for pair in _pairs(call, self._name or "the LightningModule")]
+
+        pairs = look() if self._is_known else run_together(trainer, look, "Distillation")
         self._is_known = True
         if self._teacher.network is None:
             self._detach()
         elif pairs:
             add_to_loss_(loss, lambda: self._penalty(pairs, asked), trainer, instead=asked.weight)
+        elif not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"The loss of this batch comes of no logits of {self._name or 'the LightningModule'}: it is taken"
+                " alone, without the teacher. Later batches of that kind are not told of."
+            )
         self._forget_calls()
 
     def end_batch(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
@@ -268,8 +286,8 @@ class Distiller:
         name = self._name or "the LightningModule"
         if not calls:
             raise ConfigurationError(
-                f"distill found no logits: training_step never calls {name} with gradients, or runs past it in compiled"
-                " code; name the module that gives them with logits_from=...."
+                f"distill found no logits: training_step never calls {name} with gradients, or has its loss from"
+                " elsewhere, or runs past it in compiled code; name the module that gives them with logits_from=...."
             )
         if any(call.derived or not _holds(pl_module, call.root, pruned) for call in calls):
             raise ConfigurationError(
@@ -319,9 +337,9 @@ class Distiller:
                 logits = self._logits(output)
                 call.student.append(logits)
                 call.versions.append(logits._version)
+                call.origins.append(logits.grad_fn)
             if not any(entry is not None for entry in self._stack):
-                if any(logits.requires_grad for logits in call.student):
-                    self._calls.append(call)
+                self._calls.append(call)
                 self._call = None
 
         return _uncompiled(leave)
@@ -357,19 +375,26 @@ def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
     return found
 
 
+def _counting(calls: Sequence[_Call], loss: Tensor) -> list[_Call]:
+    """Those that the loss comes of: an attack's graph, say, is used up, and nothing can be added to what it gave."""
+    found = iter(comes_of(loss, [origin for call in calls for origin in call.origins]))
+    for call in calls:
+        call.counts = [next(found) for _ in call.origins]
+    return [call for call in calls if any(call.counts)]
+
+
 def _pairs(call: _Call, name: str) -> list[tuple[Tensor, Tensor]]:
-    """The student's and the teacher's logits, one pair for each time the module was called; none before surgery."""
+    """The student's and the teacher's logits, one pair for each time the module was called and counts."""
     mine, theirs = call.student, call.teacher
-    if call.versions != [logits._version for logits in mine]:
+    changed = [then != logits._version for then, logits in zip(call.versions, mine, strict=True)]
+    if any(each and counts for each, counts in zip(changed, call.counts, strict=True)):
         raise ConfigurationError(
             f"training_step changes the logits of {name} in place, so the teacher has none to match."
         )
-    if not theirs:
-        return []
     if [each.shape for each in mine] != [each.shape for each in theirs]:
         shapes = " and ".join(str([tuple(each.shape) for each in side]) for side in (theirs, mine))
         raise ConfigurationError(f"The teacher's logits from {name} have other shapes than the student's: {shapes}.")
-    return list(zip(mine, theirs, strict=True))
+    return [(z, t) for z, t, counts in zip(mine, theirs, call.counts, strict=True) if counts]
 
 
 def _logits_of(output: Any, name: str, dim: int | None) -> Tensor:

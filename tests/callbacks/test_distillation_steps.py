@@ -122,4 +122,78 @@ def test_a_network_beside_the_forward_counts_where_it_has_all(pairs: Pairs, tmp_
             return functional.cross_entropy(self.net(batch[0].flip(0)), batch[1].flip(0))
 
     fit(tmp_path, seeded(Beside), surgeon(logits_from="net"))
-    assert len(pairs) >= TAUGHT
+    assert len(pairs) == TAUGHT
+
+
+# What the loss comes of.
+
+
+class Adversarial(Whole):
+    """An attack on the input, whose graph is used up as the loss comes."""
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        features = batch[0].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(self(features), batch[1]), features)
+        return functional.cross_entropy(self((batch[0] + 0.01 * gradient.sign()).detach()), batch[1])
+
+
+class Virtual(Whole):
+    """A step in direction of the gradient, twice, from a point that is learnt itself."""
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        change = torch.zeros_like(batch[0]).requires_grad_()
+        for _ in range(2):
+            loss = functional.cross_entropy(self(batch[0] + change), batch[1])
+            change = (change + 0.01 * torch.autograd.grad(loss, change)[0].sign()).detach().requires_grad_()
+        return functional.cross_entropy(self(batch[0] + change.detach()), batch[1])
+
+
+@pytest.mark.parametrize("kind", [Adversarial, Virtual])
+def test_an_attack_is_not_taught(kind: type[Whole], pairs: Pairs, tmp_path: Path) -> None:
+    assert fit(tmp_path, seeded(kind)).finished
+    assert len(pairs) == TAUGHT
+
+
+class Heads(nn.Module):
+    """Of two heads the first one gives the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU())
+        self.one, self.two = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        found = self.body(features)
+        return {"logits": self.one(found), "two": self.two(found)}
+
+
+class Turns(Whole):
+    """The loss takes one head or the other."""
+
+    def __init__(self) -> None:
+        super().__init__(Heads())
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        return functional.cross_entropy(self(batch[0])["two" if batch_idx % 2 else "logits"], batch[1])
+
+
+def test_logits_that_the_loss_does_not_use_are_not_taught(pairs: Pairs, tmp_path: Path) -> None:
+    """Which is said once."""
+    with pytest.warns(UserWarning, match="comes of no logits of the LightningModule") as said:
+        assert fit(tmp_path, seeded(Turns)).finished
+    assert len(pairs) == TAUGHT // 2
+    assert sum("comes of no logits" in str(each.message) for each in said) == 1
+
+
+@pytest.mark.parametrize("kind", [Whole, Direct])
+def test_a_pass_for_the_log_alone_does_not_count(kind: type[Whole], pairs: Pairs, tmp_path: Path) -> None:
+    """It may be another module's, and come now and then."""
+
+    class Logging(Whole):
+        def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == 0:
+                self.log("mean", self(batch[0]).detach().mean())
+            return kind.training_step(self, batch, batch_idx)
+
+    assert fit(tmp_path, seeded(Logging), surgeon(logits_from="net" if kind is Direct else None)).finished
+    assert len(pairs) == TAUGHT

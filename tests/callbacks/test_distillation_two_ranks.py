@@ -16,7 +16,12 @@ from tests.callbacks.two_ranks_distilled import OPTIONS, train
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath", "ignore:.*number of training batches")
+@pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory",
+    "ignore:The dirpath",
+    "ignore:.*number of training batches",
+    "ignore:The loss of this batch",
+)
 def test_two_ranks_are_one_and_resume(tmp_path: Path) -> None:
     alone = {option: train(tmp_path / "alone", 1, option)["weights"] for option in OPTIONS}
     command = [sys.executable, "-m", "tests.callbacks.two_ranks_distilled", str(tmp_path)]

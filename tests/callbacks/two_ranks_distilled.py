@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_prune.callbacks.magnitude import Magnitude
@@ -22,7 +22,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "find_unused": {"find_unused_parameters": True},
     "static_graph": {"static_graph": True},
+    "heads": {"find_unused_parameters": True},
 }
+
+
+class Heads(nn.Module):
+    """Of two heads the first one gives the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.two = linear_net(), nn.Linear(12, 4)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        found = self.body[:4](features)
+        return {"logits": self.body[4](found), "two": self.two(found)}
+
+
+class Turns(Classifier):
+    """Two batches' losses take one head, the next two's the other; the first one has no gradients then."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0])["two" if batch_idx // 2 % 2 else "logits"], batch[1])
 
 
 def train(
@@ -41,9 +61,9 @@ def train(
     asked = {"temperature": 2, "weight": 0.8}
     pruning = StructuralPruning(latency_batches=(), report_file=None, distill=asked)
     keeper = ModelCheckpoint(folder / option, f"{devices}-{norms}-{{epoch}}", save_top_k=-1)
-    build: Any = conv_net if norms else linear_net
+    build: Any = Heads if option == "heads" else conv_net if norms else linear_net
     net: nn.Module = seeded(build, seed=0 if path is None else 1)
-    module = Classifier(net)
+    module = (Turns if option == "heads" else Classifier)(net)
     run = trainer(
         Magnitude(0.7, start=1, epochs=1),
         pruning,
