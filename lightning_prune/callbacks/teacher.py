@@ -61,7 +61,7 @@ class Teacher:
 
     def keep_dense(self, pl_module: LightningModule) -> None:
         """A checkpoint of the slim network is about to cut this module: remember how it is built."""
-        self._dense = replica(pl_module, "cpu")
+        self._dense = _copy_of(pl_module, "cpu")
 
     def meet(self, trainer: Trainer, pl_module: LightningModule, is_dense: bool) -> None:
         """Before the first step: read what there is to read. Every rank has to call it.
@@ -123,7 +123,7 @@ class Teacher:
         """
         if self.network is None:
             with isolate_rng():
-                return _outputs(_frozen(uncompiled(replica(pl_module))), root, name, args, kwargs)
+                return _outputs(_frozen(uncompiled(_copy_of(pl_module))), root, name, args, kwargs)
         if root not in self._awake:
             lost = [each for each in self._unknown if each.startswith(f"{root}." if root else "")]
             if lost:
@@ -139,7 +139,7 @@ class Teacher:
             self.network.cpu()
 
     def _built(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
-        network = uncompiled(replica(pl_module, "cpu") if self._dense is None else self._dense)
+        network = uncompiled(_copy_of(pl_module, "cpu") if self._dense is None else self._dense)
         trainer.precision_plugin.convert_module(network)
         own, weights = saved_tensors(network), self._weights or {}
         for name, value in weights.items():
@@ -208,6 +208,17 @@ class Teacher:
                 f"The teacher of this run, {known.get('file') or FILE!r} with SHA-256 {str(known.get('digest'))[:12]},"
                 f" lies neither beside the checkpoint nor in {known.get('folder')}; put it there, or give teacher=PATH."
             )
+
+
+def _copy_of(pl_module: LightningModule, device: str | None = None) -> nn.Module:
+    try:
+        return replica(pl_module, device)
+    except Exception as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise ConfigurationError(
+            f"The teacher is a copy of the LightningModule, and {type(pl_module).__name__} can't be copied ({first});"
+            " keep what stands in the way elsewhere."
+        ) from error
 
 
 def _frozen(network: nn.Module) -> nn.Module:

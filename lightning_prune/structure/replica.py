@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,7 @@ def replica(model: nn.Module, device: torch.device | str | None = None) -> nn.Mo
     with torch.no_grad(), _CopyTensors(target):
         try:
             copied = deep_copy(model, dict(memo))
-        except TypeError:
+        except Exception:  # whatever the copy of an attribute asks for
             copied = deep_copy(model, {**memo, **_uncopyable(model)})
     for (_, module), (_, twin) in zip(named_modules(model), named_modules(copied), strict=True):
         _complete(module, twin)
@@ -73,14 +74,22 @@ class _LocalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def _uncopyable(model: nn.Module) -> dict[int, Any]:
     """Attributes such as locks and open files can't be copied; a copy of their module shares them."""
-    shared = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if not isinstance(value, (nn.Module, Tensor, dict, list, tuple, set)):
-                try:
-                    copy.deepcopy(value, {id(module): module})
-                except Exception:  # whatever its copy asks for
-                    shared[id(value)] = value
+    shared, seen = dict[int, Any](), set[int]()
+    modules = {id(module): module for module in model.modules()}
+    ahead: list[Any] = [module.__getstate__() for module in modules.values()]  # without what copies leave out
+    for value in ahead:  # which grows
+        if id(value) in seen or isinstance(value, (nn.Module, Tensor)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            ahead.extend(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            ahead.extend(value)
+        else:
+            try:
+                copy.deepcopy(value, dict(modules))
+            except Exception:
+                shared[id(value)] = value
     return shared
 
 

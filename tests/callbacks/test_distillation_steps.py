@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -197,3 +199,45 @@ def test_a_pass_for_the_log_alone_does_not_count(kind: type[Whole], pairs: Pairs
 
     assert fit(tmp_path, seeded(Logging), surgeon(logits_from="net" if kind is Direct else None)).finished
     assert len(pairs) == TAUGHT
+
+
+# Copies of the module.
+
+
+class Stubborn:
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("no copies")
+
+
+HELD: dict[str, Any] = {
+    "list": lambda: [threading.Lock()],
+    "dict": lambda: {"a": ({threading.Lock()},)},
+    "queue": multiprocessing.Queue,
+    "any error": Stubborn,
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_what_can_not_be_copied_is_shared_with_the_teacher(
+    held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is copied on the way that copies of the module leave out, such as its trainer."""
+    monkeypatch.setattr(Trainer, "__deepcopy__", lambda *_: pytest.fail("the trainer is copied"), raising=False)
+    task = seeded(Direct)
+    task.held = HELD[held]()
+    surgery = fit(tmp_path, task)
+    twin: Any = surgery._distiller._teacher.network
+    if held in ("queue", "any error"):
+        assert twin.held is task.held
+    assert surgery.finished
+
+
+def test_a_module_that_can_not_be_copied_is_refused_in_the_first_batch(tmp_path: Path) -> None:
+    class Uncopied(Whole):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise ValueError("there is one of me")
+
+    task = seeded(Uncopied)
+    with pytest.raises(ConfigurationError, match=r"Uncopied can't be copied .*there is one of me"):
+        fit(tmp_path, task)
+    assert task.trainer.global_step == 0
