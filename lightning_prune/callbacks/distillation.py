@@ -168,7 +168,7 @@ class Distiller:
                 "distill goes into the loss that training_step returns, and under manual optimisation there is none;"
                 " leave it out, or write the loss yourself."
             )
-        names = [plain_name(name) for name, _ in pl_module.named_modules()]
+        names = [plain_name(name) for name, _ in pl_module.named_modules(remove_duplicate=False)]
         if self._logits_from is not None and self._logits_from not in names:
             near = difflib.get_close_matches(self._logits_from, names[1:], n=3)
             children = ", ".join(near or [name for name, _ in pl_module.named_children()])
@@ -265,11 +265,11 @@ class Distiller:
 
     def plain(self) -> dict[str, Any]:
         """What a checkpoint has to know."""
-        return {"teacher": self._teacher.record, "logits": self._name}
+        return {"teacher": self._teacher.record, "given": self._teacher.given, "logits": self._name}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`plain` gave."""
-        self._teacher.restore(state.get("teacher"))
+        self._teacher.restore(state.get("teacher"), state.get("given"))
         self._name = state.get("logits") if self._logits_from is None else self._logits_from
 
     # The loss.
@@ -291,8 +291,8 @@ class Distiller:
             )
         if any(call.derived or not _holds(pl_module, call.root, pruned) for call in calls):
             raise ConfigurationError(
-                f"logits_from={name!r} is called with what other layers have computed, which the teacher would have to"
-                " compute itself; call the whole network, and name that."
+                f"logits_from={name!r} is called with what other layers have computed, or without some that are pruned,"
+                " and the teacher would have to run through them itself; call the whole network, and name that."
             )
 
     # The hooks.
@@ -302,7 +302,7 @@ class Distiller:
         parts = (self._name or "").split(".") if self._name else []
         path = ["", *(".".join(parts[: number + 1]) for number in range(len(parts)))]
         modules = dict[str, nn.Module]()
-        for name, module in pl_module.named_modules():
+        for name, module in pl_module.named_modules(remove_duplicate=False):
             modules.setdefault(plain_name(name), module)  # of a compiled one the wrapper, which is called
         if self._teacher.network is not None and any(_is_compiled(modules[name]) for name in path):
             torch.compiler.reset()  # what is compiled already would run past the hooks of its parts

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -35,11 +36,12 @@ def read_weights(path: str, module: nn.Module, argument: str = "restart_from") -
         ConfigurationError: the file can't be read, or holds something else.
     """
     try:
-        content = _content(Path(path))
+        content = _content(path)
     except Exception as error:
         first = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         raise ConfigurationError(f"{argument}={path!r} is no file of weights that can be read ({first}).") from error
     found = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    found = found if isinstance(found, Mapping) else {}
     weights = {plain_name(str(name)): value for name, value in found.items() if isinstance(value, Tensor)}
     own = saved_tensors(module)
     prefix = _prefix(weights, own, module, f"{argument}={path!r}")
@@ -47,6 +49,8 @@ def read_weights(path: str, module: nn.Module, argument: str = "restart_from") -
         if value.shape != own[prefix + name].shape:
             shapes = f"shape {tuple(value.shape)} there and {tuple(own[prefix + name].shape)} here"
             raise ConfigurationError(f"{argument}={path!r} does not fit: {prefix + name!r} has {shapes}.")
+        if value.is_floating_point() and value.isnan().any():
+            raise ConfigurationError(f"{argument}={path!r} holds numbers in {prefix + name!r} that are none (NaN).")
     return {prefix + name: value for name, value in weights.items()}
 
 
@@ -70,10 +74,12 @@ def restart_(trainer: Trainer, pl_module: LightningModule, weights: Mapping[str,
                 optimizer.state.pop(parameter, None)
 
 
-def _content(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return unpack(path.read_bytes())
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _content(path: str) -> Any:
+    """Of any file system that Lightning reads checkpoints from."""
+    data = get_filesystem(path).cat_file(path)
+    if path.endswith(".safetensors"):
+        return unpack(data)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.callbacks.ranks import agreed, run_together
-from lightning_prune.callbacks.restart import read_weights, saved_tensors, weights_of
+from lightning_prune.callbacks.restart import read_weights, saved_tensors
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.structure.drafts import draft_of
-from lightning_prune.structure.plan import submodule
+from lightning_prune.structure.plan import named_tensors, submodule
 from lightning_prune.structure.replica import replica, to_device, uncompiled
 from lightning_prune.structure.weight_file import digest_of, pack, unpack
 
@@ -41,6 +43,7 @@ class Teacher:
         self.path = None if path is None else os.fspath(path)
         self.record: dict[str, Any] | None = None
         self.network: nn.Module | None = None
+        self.given: str | None = None  # digest of what was read from the path
         self._weights: dict[str, Tensor] | None = None
         self._given: dict[str, Tensor] = {}
         self._dense: nn.Module | None = None
@@ -52,8 +55,9 @@ class Teacher:
         """Where its weights come from, in words."""
         return "" if self.record is None else str(self.record["source"])
 
-    def restore(self, record: Mapping[str, Any] | None) -> None:
+    def restore(self, record: Mapping[str, Any] | None, given: str | None = None) -> None:
         """Take over what a checkpoint remembers."""
+        self.given = given
         known = None if record is None else {name: record[name] for name in ("file", "folder", "digest", "source")}
         if known is None or self.record is None or known["digest"] != self.record["digest"]:
             self._weights = self.network = None
@@ -76,10 +80,16 @@ class Teacher:
         """
         if self._weights is not None or self.network is not None:
             return
+        _refuse_unknown_shapes(pl_module)
         if self.record is not None:
             self._recall(trainer, pl_module)
         elif self.path is not None:
             self._given = self._read(trainer, pl_module)
+            before, self.given = self.given, digest_of(pack(self._given))
+            if before not in (None, self.given):
+                rank_zero_warn(
+                    f"teacher={self.path!r} holds other weights than when the run began; it takes the new ones."
+                )
             if not is_dense:
                 self._adopt(trainer, self._given, str(self.path))
         elif not is_dense:
@@ -92,7 +102,7 @@ class Teacher:
         """Now, as the first sparse stage begins, unless that is done. Every rank has to call it."""
         if self.record is None:
             source = f"the dense network as of epoch {trainer.current_epoch}" if self.path is None else self.path
-            own = run_together(trainer, lambda: weights_of(pl_module), "The teacher")
+            own = run_together(trainer, lambda: _weights(pl_module), "The teacher")
             self._adopt(trainer, {**own, **self._given}, source)
             self._given = {}
 
@@ -141,16 +151,22 @@ class Teacher:
     def _built(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         network = uncompiled(_copy_of(pl_module, "cpu") if self._dense is None else self._dense)
         trainer.precision_plugin.convert_module(network)
-        own, weights = saved_tensors(network), self._weights or {}
+        saved, weights = saved_tensors(network), self._weights or {}
+        own, buffers = {**named_tensors(network), **saved}, dict(network.named_buffers(remove_duplicate=False))
         for name, value in weights.items():
-            if name not in own or own[name].shape != value.shape:
-                found = "nothing of that name" if name not in own else f"shape {tuple(own[name].shape)}"
+            held = own.get(name)
+            if held is not None and held.shape == value.shape:
+                held.detach().copy_(value)
+            elif held is not None and name in buffers:  # a record has another length by now
+                path, _, key = name.rpartition(".")
+                network.get_submodule(path)._buffers[key] = value.to(held)
+            else:
+                found = "nothing of that name" if held is None else f"shape {tuple(held.shape)}"
                 raise ConfigurationError(
                     f"The teacher does not fit this module: {name!r} has shape {tuple(value.shape)} there, and here"
                     f" is {found}; resume with a fresh dense module of the class it was trained with."
                 )
-            own[name].copy_(value)
-        self._unknown = [name for name in own if name not in weights]
+        self._unknown = [name for name in saved if name not in weights]
         return _frozen(network)
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
@@ -210,6 +226,20 @@ class Teacher:
             )
 
 
+def _weights(pl_module: LightningModule) -> dict[str, Tensor]:
+    """Copies on the CPU of all that it computes with, saved or not."""
+    own = {**named_tensors(pl_module), **saved_tensors(pl_module)}
+    return {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
+
+
+def _refuse_unknown_shapes(pl_module: LightningModule) -> None:
+    for name, tensor in named_tensors(pl_module).items():
+        if is_lazy(tensor):
+            raise ConfigurationError(
+                f"distill needs to know the network, and {name!r} has no shape yet; call it once before fit."
+            )
+
+
 def _copy_of(pl_module: LightningModule, device: str | None = None) -> nn.Module:
     try:
         return replica(pl_module, device)
@@ -248,7 +278,8 @@ def _outputs(network: nn.Module, root: str, name: str, args: tuple[Any, ...], kw
 def _folder(trainer: Trainer) -> str:
     """Where checkpoints go, or else what belongs to the run; asks all ranks."""
     folder = trainer.log_dir or trainer.default_root_dir
-    keeper = trainer.checkpoint_callback
+    keepers: list[Any] = [*trainer.checkpoint_callbacks]
+    keeper = next((each for each in keepers if isinstance(each, ModelCheckpoint)), trainer.checkpoint_callback)
     folder = str(getattr(keeper, "dirpath", None) or folder)
     return folder if "://" in folder else os.path.abspath(folder)
 

@@ -5,21 +5,31 @@ from __future__ import annotations
 import multiprocessing
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune import Magnitude
 from lightning_prune.callbacks import distillation
 from lightning_prune.callbacks.structural import StructuralPruning
+from lightning_prune.callbacks.teacher import Teacher, _folder
 from lightning_prune.errors import ConfigurationError
 from tests.callbacks.distilling import surgeon
 from tests.callbacks.nets import feature_loader, linear_net, seeded, trainer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory",
+    "ignore:.*callbacks used to create",
+    "ignore:The dirpath",
+)
 
 TAUGHT = 8  # batches behind surgery
 
@@ -241,3 +251,94 @@ def test_a_module_that_can_not_be_copied_is_refused_in_the_first_batch(tmp_path:
     with pytest.raises(ConfigurationError, match=r"Uncopied can't be copied .*there is one of me"):
         fit(tmp_path, task)
     assert task.trainer.global_step == 0
+
+
+# What the teacher is made of.
+
+
+class Growing(Whole):
+    """Keeps a record, and a scale that isn't saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.scales: list[float] = []
+
+    def forward(self, features: Tensor) -> Any:
+        return self.scale * self.net(features)
+
+    def on_train_epoch_start(self) -> None:
+        self.scales.append(float(self.scale))
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        self.seen = torch.cat([self.seen, batch[1][:1].float()])
+        self.scale.mul_(1.1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_buffers_that_grow_and_those_that_are_not_saved(pairs: Pairs, tmp_path: Path) -> None:
+    task = seeded(Growing)
+    twin: Any = fit(tmp_path, task)._distiller._teacher.network
+    assert len(pairs) == TAUGHT
+    assert twin.seen.tolist() == task.seen[:4].tolist()
+    assert float(twin.scale) == task.scales[1] != task.scales[2]
+    assert torch.equal(pairs[-1][1], twin.scale * nn.Sequential.forward(twin.net, LAST))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("given", [True, False])
+def test_a_network_without_shapes_is_refused_before_the_first_step(given: bool, tmp_path: Path) -> None:
+    torch.save(seeded(Whole).state_dict(), tmp_path / "dense.pt")
+    task = seeded(lambda: Whole(nn.Sequential(nn.LazyLinear(12), nn.Tanh(), nn.Linear(12, 4))))
+    with pytest.raises(ConfigurationError, match=r"'net.0.weight' has no shape yet; call it once before fit"):
+        fit(tmp_path, task, surgeon(teacher=tmp_path / "dense.pt") if given else None, start=0)
+    assert task.trainer.global_step == 0
+
+
+def test_a_second_name_of_a_module_is_a_name(pairs: Pairs, tmp_path: Path) -> None:
+    class Aliased(Whole):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = self.net[4]
+
+    fit(tmp_path, seeded(Aliased), surgeon(logits_from="head"))
+    assert len(pairs) == TAUGHT
+
+
+def test_files_that_hold_no_weights_or_lie_elsewhere(tmp_path: Path) -> None:
+    def given(content: Any) -> StructuralPruning:
+        torch.save(content, tmp_path / "dense.pt")
+        return surgeon(teacher=tmp_path / "dense.pt")
+
+    with pytest.raises(ConfigurationError, match=r"dense.pt' does not fit: of 6 tensors .* lacks"):
+        fit(tmp_path, seeded(Whole), given({"state_dict": None}))
+    state = seeded(Whole, seed=5).state_dict()
+    broken = {**state, "net.0.bias": state["net.0.bias"] * float("nan")}
+    with pytest.raises(ConfigurationError, match=r"dense.pt' holds numbers in 'net.0.bias' that are none"):
+        fit(tmp_path, seeded(Whole), given(broken))
+    given(state)
+    data = (tmp_path / "dense.pt").read_bytes()
+    get_filesystem("memory://taught").pipe_file("memory://taught/dense.pt", data)
+    twin: Any = fit(tmp_path, seeded(Whole), surgeon(teacher="memory://taught/dense.pt"))._distiller._teacher.network
+    assert torch.equal(twin.net[0].weight, state["net.0.weight"])
+
+
+def test_another_content_of_the_given_file_is_told(tmp_path: Path) -> None:
+    """Before the sparse stage nothing has been learnt from the first one."""
+    ends = {}
+    for seed in (5, 6):
+        torch.save(seeded(Whole, seed=seed).state_dict(), tmp_path / "dense.pt")
+        teacher = Teacher(tmp_path / "dense.pt")
+        teacher.restore(None, ends.get(5))
+        said = pytest.warns(UserWarning, match="holds other weights than when") if ends else nullcontext()
+        with said:
+            teacher.meet(trainer(), seeded(Whole), is_dense=True)
+        ends[seed] = teacher.given
+    assert ends[5] != ends[6]
+
+
+def test_the_teacher_lies_beside_the_checkpoints(tmp_path: Path) -> None:
+    """And not where another callback would put what an exception leaves."""
+    keepers = [OnExceptionCheckpoint(tmp_path / "failed"), ModelCheckpoint(tmp_path / "kept")]
+    assert _folder(trainer(*keepers, enable_checkpointing=True)) == str(tmp_path / "kept")
