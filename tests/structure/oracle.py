@@ -401,6 +401,7 @@ def judge(
     dense = build().double()
     randomise_(dense, seed)
     switch_off_chance_(dense)
+    shapes = {name: value.shape for name, value in dense.named_buffers()}
     kept = ask(dense, replicate(dense, build), cut)
     slim = replicate(dense, build)
     (check_identity if objects else _just_cut)(slim, cut)
@@ -411,7 +412,7 @@ def judge(
     for training in modes:
         worst = max(worst, _departure(dense.train(training), slim.train(training), kept, inputs, kwargs))
     assert worst <= tolerance, f"the slim network departs from the masked one by {worst:.3g} of the output's magnitude"
-    _check_buffers(dense, slim, kept, tolerance)
+    _check_buffers(dense, slim, kept, shapes, tolerance)
     check_numbers(slim)
     return Verdict(worst, before, after)
 
@@ -433,12 +434,15 @@ def _check_values(dense: nn.Module, slim: nn.Module, kept: Mapping[str, Kept]) -
         assert same, f"{name}: other values after the cut"
 
 
-def _check_buffers(dense: nn.Module, slim: nn.Module, kept: Mapping[str, Kept], tolerance: float) -> None:
-    """Running statistics that training mode moved must have moved alike."""
+def _check_buffers(
+    dense: nn.Module, slim: nn.Module, kept: Mapping[str, Kept], shapes: Mapping[str, torch.Size], tolerance: float
+) -> None:
+    """Running statistics that training mode moved must have moved alike; and what a pass has made anew is whole."""
     cut = dict(slim.named_buffers())
     for name, value in dense.named_buffers():
         if value.is_floating_point() and value.numel():
-            expected = gather(value, kept[name])
+            expected = gather(value, kept[name]) if value.shape == shapes[name] else value
+            assert cut[name].shape == expected.shape, f"{name}: shape {tuple(cut[name].shape)}"
             limit = tolerance * max(1.0, float(expected.abs().max()))
             error = float((expected - cut[name]).abs().max())
             assert error <= limit, f"{name}: running statistics depart by {error:.3g}"
