@@ -13,6 +13,7 @@ from benchmarks.pages import RESULTS
 
 TOLERANCE = 1e-9
 OURS, THEIRS = "lightning_prune", "torch_pruning"
+COLUMNS = ("exact", "groups", "layers", "left", "seconds")
 LIMIT = 60
 LATE = f"more than {LIMIT} s"
 
@@ -33,6 +34,14 @@ def exact(row: dict[str, Any]) -> str:
     return "yes" if row["error"] <= TOLERANCE else f"wrong by {row['error']:.0e}"
 
 
+def cells(row: dict[str, Any] | None) -> list[str]:
+    """What one engine made of a network, by columns."""
+    if row is None:
+        return [""] * len(COLUMNS)
+    formats = {"groups": "d", "layers": ".0%", "left": ".3f", "seconds": ".2f"}
+    return [exact(row), *(number(row, key, how) for key, how in formats.items())]
+
+
 def coverage(results: Path) -> list[str]:
     """The zoo."""
     whole = json.loads((results / "coverage.json").read_text())
@@ -51,16 +60,12 @@ def coverage(results: Path) -> list[str]:
         "",
         *summary(rows, names),
         "",
-        line(("network", "exact", "groups", "layers", "left", "seconds", "TP: exact", "TP: left", "TP: seconds")),
-        line(("---", "---", "---:", "---:", "---:", "---:", "---", "---:", "---:")),
+        line(("network", *COLUMNS, *(f"TP: {column}" for column in COLUMNS))),
+        line(("---", *2 * ("---", "---:", "---:", "---:", "---:"))),
     ]
     for name in names:
-        mine, other = rows.get((OURS, name), {}), rows.get((THEIRS, name))
-        cells = [exact(mine), number(mine, "groups", "d"), number(mine, "layers", ".0%"), number(mine, "left", ".3f")]
-        cells.append(number(mine, "seconds", ".2f"))
-        cells += ["", "", ""] if other is None else [exact(other), number(other, "left", ".3f")]
-        cells += [] if other is None else [number(other, "seconds", ".2f")]
-        text.append(line((name, *cells)))
+        engines = (rows.get((engine, name)) for engine in (OURS, THEIRS))
+        text.append(line((name, *(cell for row in engines for cell in cells(row)))))
     failed = [(name, row) for name in names if (row := rows.get((OURS, name))) and exact(row) != "yes"]
     text += ["", "Networks of which this library's result is not exact and smaller:", ""] if failed else []
     text += [f"- {name}: {exact(row)}. {row.get('wrong', row.get('crash', ''))}".rstrip() for name, row in failed]
@@ -91,7 +96,7 @@ def summary(rows: dict[tuple[str, str], dict[str, Any]], names: Sequence[str]) -
             f"Over the {len(both)} networks that both cut exactly: median left {left[0]:.3f} (Torch-Pruning "
             f"{left[1]:.3f}), median seconds {seconds[0]:.3f} ({seconds[1]:.3f}). Many of the zoo's pictures are of "
             "64 x 64 pixels, and Torch-Pruning runs the network on them, which is cheap there; larger ones are below. "
-            "An empty cell was not measured.",
+            "An empty cell has no value, for that engine did not come so far.",
         ]
     probes = {name: rows[OURS, name]["probe"] for name in names if "probe" in rows.get((OURS, name), {})}
     if probes:
