@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_prune.errors import ConfigurationError
+
+Record = TypeVar("Record")
 
 
 def check(condition: bool, sentence: str) -> None:
@@ -123,3 +126,19 @@ def shares(name: str, value: Any) -> dict[str, float]:
         number(f"{name}[{pattern!r}]", share)
         check(0 <= share < 1, f"{name}[{pattern!r}]={share} must lie in [0, 1).")
     return found
+
+
+def record(kind: type[Record], name: str, value: Any, example: Mapping[str, Any]) -> Record | None:
+    """A dataclass from its fields by name, as users write it; one of its kind and ``None`` stay as they are.
+
+    >>> from lightning_prune import Budget
+    >>> record(Budget, "budget", {"macs": 0.5}, example={"macs": 0.4}) == Budget(macs=0.5)
+    True
+    """
+    if value is None or isinstance(value, kind):
+        return value
+    check(isinstance(value, Mapping), f"{name}={value!r} must be a mapping such as {dict(example)}.")
+    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]  # it is a dataclass
+    for key in value:
+        check(key in known, f"{name} knows {', '.join(known)}, not {key!r}.")
+    return kind(**value)

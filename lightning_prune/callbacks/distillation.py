@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from numbers import Real
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from lightning_prune.callbacks.inject import Penalty, add_to_loss_
 from lightning_prune.callbacks.lineage import comes_of
 from lightning_prune.callbacks.ranks import agreed, run_together
 from lightning_prune.callbacks.teacher import Teacher
+from lightning_prune.door import is_number, record
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import distillation
 from lightning_prune.reports.report import Distilled
@@ -60,9 +60,9 @@ class Distillation:
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not 0 < self.temperature < float("inf"):
+        if not is_number(self.temperature) or not 0 < self.temperature < float("inf"):
             raise ConfigurationError(f"distill temperature={self.temperature!r} must be a positive number.")
-        if not _is_number(self.weight) or not 0 < self.weight <= 1:
+        if not is_number(self.weight) or not 0 < self.weight <= 1:
             raise ConfigurationError(f"distill weight={self.weight!r} must lie in (0, 1].")
         if self.dim is not None and type(self.dim) is not int:
             raise ConfigurationError(f"distill dim={self.dim!r} must be a whole number, such as 1 or -1.")
@@ -70,17 +70,7 @@ class Distillation:
     @classmethod
     def of(cls, value: Distillation | Mapping[str, Any] | None) -> Distillation | None:
         """From its fields by name, as users write it; ``None`` stays ``None``."""
-        if value is None or isinstance(value, Distillation):
-            return value
-        if not isinstance(value, Mapping):
-            raise ConfigurationError(
-                f"distill={value!r} must be a mapping such as {{'temperature': 4, 'weight': 0.5}}."
-            )
-        known = [each.name for each in fields(cls)]
-        for name in value:
-            if name not in known:
-                raise ConfigurationError(f"distill knows {', '.join(known)}, not {name!r}.")
-        return cls(**value)
+        return record(cls, "distill", value, example={"temperature": 4, "weight": 0.5})
 
 
 @dataclass
@@ -427,7 +417,3 @@ def _logits_of(output: Any, name: str, dim: int | None) -> Tensor:
     if dim is not None and not -len(shape) <= dim < len(shape):
         raise ConfigurationError(f"distill dim={dim} is out of range for logits of shape {shape}.")
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

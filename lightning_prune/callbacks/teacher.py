@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ class Teacher:
         """
         if self._weights is not None or self.network is not None:
             return
-        _refuse_unknown_shapes(pl_module)
+        _refuse_unfit(pl_module)
         if self.record is not None:
             self._recall(trainer, pl_module)
         elif self.path is not None:
@@ -232,12 +231,19 @@ def _weights(pl_module: LightningModule) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
 
 
-def _refuse_unknown_shapes(pl_module: LightningModule) -> None:
+def _refuse_unfit(pl_module: LightningModule) -> None:
     for name, tensor in named_tensors(pl_module).items():
         if is_lazy(tensor):
             raise ConfigurationError(
                 f"distill needs to know the network, and {name!r} has no shape yet; call it once before fit."
             )
+        try:
+            pack({name: tensor.new_empty(0) if tensor.layout == torch.strided else tensor})
+        except Exception as error:
+            raise ConfigurationError(
+                f"distill keeps the teacher in a safetensors file, which can't hold {name!r} ({tensor.dtype},"
+                f" {tensor.layout}); keep it as dense numbers, or as no parameter or buffer."
+            ) from error
 
 
 def _copy_of(pl_module: LightningModule, device: str | None = None) -> nn.Module:
@@ -288,20 +294,17 @@ def _write(folder: str, data: bytes, digest: str) -> str:
     """Writes a file and gives its name; a file of the same content serves as well, any other one stays."""
     system = get_filesystem(folder)
     system.makedirs(folder, exist_ok=True)
-    for number in count():
-        name = f"{Path(FILE).stem}-{number}{Path(FILE).suffix}" if number else FILE
-        path = os.path.join(folder, name)
-        if system.exists(path):
-            if _is_it(path, digest):
-                return name
-        elif "://" in folder:
-            system.pipe_file(path, data)
-            return name
-        else:
-            with draft_of(path) as draft:
-                draft.write_bytes(data)
-            return name
-    raise ConfigurationError(f"{folder} has no free name.")  # unreachable: there is always another number
+    stem, suffix = os.path.splitext(FILE)
+    paths = (os.path.join(folder, f"{stem}-{number}{suffix}" if number else FILE) for number in count())
+    path = next(each for each in paths if not system.exists(each) or _is_it(each, digest))
+    if system.exists(path):
+        pass  # it is there already
+    elif "://" in folder:
+        system.pipe_file(path, data)
+    else:
+        with draft_of(path) as draft:
+            draft.write_bytes(data)
+    return os.path.basename(path)
 
 
 def _found(record: Mapping[str, Any], folders: Sequence[str]) -> bytes | None:

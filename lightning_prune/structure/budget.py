@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lightning_prune.door import is_number, text
+from lightning_prune.door import is_number, record, text
 from lightning_prune.errors import ConfigurationError
 
 QUANTITIES = {"macs": "MACs", "params": "parameters", "latency_ms": "latency"}
@@ -85,15 +85,7 @@ class Budget:
         >>> Budget.of({"macs": 0.5}) == Budget(macs=0.5)
         True
         """
-        if value is None or isinstance(value, Budget):
-            return value
-        if not isinstance(value, Mapping):
-            raise ConfigurationError(f"budget={value!r} must be a mapping such as {{'macs': 0.5}}.")
-        known = [field.name for field in fields(cls)]
-        for name in value:
-            if name not in known:
-                raise ConfigurationError(f"budget knows {', '.join(known)}, not {name!r}.")
-        return cls(**value)
+        return record(cls, "budget", value, example={"macs": 0.5})
 
     @property
     def quantity(self) -> str:

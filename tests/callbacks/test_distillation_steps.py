@@ -296,6 +296,15 @@ def test_a_network_without_shapes_is_refused_before_the_first_step(given: bool, 
     assert task.trainer.global_step == 0
 
 
+@pytest.mark.parametrize("odd", [torch.ones(2, 2).to_sparse(), torch.ones(2, dtype=torch.complex128)])
+def test_what_the_file_can_not_hold_is_refused_before_the_first_step(odd: Tensor, tmp_path: Path) -> None:
+    task = seeded(Whole)
+    task.net.register_buffer("odd", odd)
+    with pytest.raises(ConfigurationError, match=r"safetensors file, which can't hold 'net.odd'"):
+        fit(tmp_path, task)
+    assert task.trainer.global_step == 0
+
+
 def test_a_second_name_of_a_module_is_a_name(pairs: Pairs, tmp_path: Path) -> None:
     class Aliased(Whole):
         def __init__(self) -> None:
