@@ -145,6 +145,7 @@ def collect(asked: argparse.Namespace, preset: Preset) -> None:
     whole = {
         "preset": asked.preset,
         "epochs": preset.epochs,
+        "precision": preset.precision,
         "ratio": RATIOS[asked.preset],
         "few": asked.few,
         "machine": machine("torch", "lightning"),

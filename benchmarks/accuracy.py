@@ -106,7 +106,7 @@ _CPU_RUNS = ((0.5, 0), (0.25, 0), (0.5, 1), (0.5, 2))
 _PAPER_RUNS = ((1 / 2.55, 0), (1 / 11.4, 0), (1 / 3.59, 0), (1 / 1.99, 0))
 PRESETS = {
     "digits": Preset("digits", lambda: cifar_resnet(1), (12, 12, 12), 0.05, 0.05, 5e-4, 64, _CPU_RUNS),
-    "cpu": Preset("cifar10", lambda: cifar_resnet(1), (6, 6, 6), 0.1, 0.1, 5e-4, 128, _CPU_RUNS),
+    "cpu": Preset("cifar10", lambda: cifar_resnet(1), (6, 6, 6), 0.1, 0.1, 5e-4, 128, _CPU_RUNS, "bf16-mixed"),
     "resnet56": Preset("cifar10", resnet56, (200, 60, 120), 0.1, 0.01, 5e-4, 128, _PAPER_RUNS, "bf16-mixed"),
     "resnet110": Preset(
         "cifar10", lambda: cifar_resnet(18), (200, 60, 120), 0.1, 0.01, 5e-4, 128, ((0.37, 0),), "bf16-mixed"
@@ -210,7 +210,7 @@ def fit(
         reload_dataloaders_every_n_epochs=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        check_val_every_n_epoch=1 if sum(preset.epochs) < 100 else math.gcd(*preset.epochs),  # each stage's last too
+        check_val_every_n_epoch=math.gcd(*preset.epochs),  # each stage's last epoch
     )
     trainer.fit(model, data, ckpt_path=last if last.exists() else begin)
     return trainer.current_epoch >= epochs
@@ -245,6 +245,7 @@ def run(asked: argparse.Namespace, preset: Preset, method: str, share: float, se
         "report": json.loads(report.to_json()),
     }
     values |= {"seconds_of_the_last_piece": time.monotonic() - began, "versions": _versions(), "preset": asked.preset}
+    values["precision"] = preset.precision
     result.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     return True
 

@@ -80,3 +80,12 @@ def counted(threads: int) -> str:
     ('1 thread', '2 threads')
     """
     return f"{threads} thread{'s' * (threads > 1)}"
+
+
+def code(name: str) -> str:
+    """A name, in the type of code where it is some.
+
+    >>> code("TPP"), code("TPP, gram=0")
+    ('TPP', '`TPP, gram=0`')
+    """
+    return f"`{name}`" if "=" in name else name

@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from data import Digits
 
 LAYERS, WIDTH, RATIO = 7, 100, 0.8
-ROWS = ("dense", "L1", "L1 + OrthP", "TPP")
+ROWS = ("dense", "L1", "L1 + OrthP", "TPP", "TPP, gram=0", "TPP, gram_every=4", "TPP, gram_every=16")
 LEAST_TIMES_L1 = 5.0
 SAMPLES = 100
 
@@ -149,6 +149,9 @@ def run(row: str, seed: int, epochs: int, learning_rate: float) -> dict[str, Any
         "L1": [Magnitude(RATIO, start=epochs, epochs=epochs), pruning],
         "L1 + OrthP": [Magnitude(RATIO, start=epochs, epochs=epochs), pruning, OrthP(2 * epochs)],
         "TPP": [TPP(RATIO, start=epochs, epochs=epochs), pruning],
+        "TPP, gram=0": [TPP(RATIO, gram=0.0, start=epochs, epochs=epochs), pruning],
+        "TPP, gram_every=4": [TPP(RATIO, gram_every=4, start=epochs, epochs=epochs), pruning],
+        "TPP, gram_every=16": [TPP(RATIO, gram_every=16, start=epochs, epochs=epochs), pruning],
     }
     trainer = Trainer(
         accelerator="cpu",

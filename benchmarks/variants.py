@@ -234,6 +234,8 @@ VARIANTS: dict[str, Variant] = {
     "TPP, coupled=False": on(TPP, coupled=False),
     'TPP, reduction="sum"': on(TPP, reduction="sum"),
     "TPP, gram=0": on(TPP, gram=0.0),
+    "TPP, gram_every=4": on(TPP, gram_every=4),
+    "TPP, gram_every=16": on(TPP, gram_every=16),
     "GReg1, first event at delta": grown(GReg1Schedule, None),
     "GReg1, first event at zero": grown(FromZero, None),
     "GReg1, 8 events, the first at delta": grown(GReg1Schedule, 8),
@@ -321,9 +323,10 @@ ABLATIONS: dict[str, Ablation] = {
         ),
     ),
     "reduction": Ablation(
-        "TPP: `reduction`",
-        "Is the decorrelation a mean over the products, a sum, or left out?",
-        *_against("TPP", 'TPP, reduction="sum"', "TPP, gram=0"),
+        "TPP: `reduction`, `gram`, `gram_every`",
+        "Is the decorrelation a mean over the products, a sum, or left out? At every step, or at every so-manieth, as "
+        "many times as strong?",
+        *_against("TPP", 'TPP, reduction="sum"', "TPP, gram=0", "TPP, gram_every=4", "TPP, gram_every=16"),
     ),
     "first_event": Ablation(
         "The first event",

@@ -11,6 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+_LARGE = 1 << 18
+"""Entries of a weight above which one product keeps a device busy, and stacking copies more than it saves."""
+
 
 def weighted_l2(weights: Sequence[Tensor], strengths: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     r"""Squared norm of many tensors, every entry with its own strength, and its gradient.
@@ -130,7 +133,7 @@ def gram_decorrelation(
 
     What the kept filters compute no longer depends on the others then, so that their removal leaves the network
     trainable. Products of kept filters among themselves are neither penalised nor computed. ``sum`` leaves out the
-    :math:`1 / N^2`. Equal shapes are computed together, in float32 at least, also under autocast.
+    :math:`1 / N^2`. Small layers of equal shapes are computed together, in float32 at least, also under autocast.
 
     Args:
         weights: shapes ``(N, ...)``, one filter per entry of the first dimension.
@@ -151,14 +154,16 @@ def gram_decorrelation(
     batches: dict[tuple[Any, ...], list[int]] = {}
     for place, (weight, rows) in enumerate(zip(weights, pruned, strict=True)):
         if rows.numel():
-            key = (weight.shape[0], weight.numel(), rows.numel(), weight.dtype, weight.device)
+            alone = place if weight.numel() > _LARGE else -1
+            key = (alone, weight.shape[0], weight.numel(), rows.numel(), weight.dtype, weight.device)
             batches.setdefault(key, []).append(place)
     gradients: dict[int, Tensor] = {}
     values = []
-    for (filters, _, _, dtype, device), places in batches.items():
+    for (_, filters, _, _, dtype, device), places in batches.items():
         factor = strength / filters**2 if reduction == "mean" else strength
         with torch.autocast(device.type, enabled=False):
-            stacked = torch.stack([weights[place].detach().reshape(filters, -1) for place in places])
+            flat = [weights[place].detach().reshape(1, filters, -1) for place in places]
+            stacked = flat[0] if len(flat) == 1 else torch.cat(flat)
             rows = torch.stack([pruned[place].to(device) for place in places])
             value, gradient = _decorrelation(stacked.to(torch.promote_types(dtype, torch.float32)), rows, factor)
         values.append(value)
@@ -278,13 +283,22 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float, dim: int 
 
 def _decorrelation(weight: Tensor, rows: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """Value and gradients of a batch: weights ``(L, N, D)``, pruned rows ``(L, n)``."""
-    index = rows.unsqueeze(2).expand(-1, -1, weight.shape[2])
-    gone = weight.gather(1, index)
+    layers, filters, width = weight.shape
+    stays = torch.ones(layers, filters, device=rows.device).scatter_(1, rows, 0)
+    others = stays.argsort(dim=1, descending=True, stable=True)[:, : filters - rows.shape[1]]
+    first = filters * torch.arange(layers, device=rows.device).unsqueeze(1)  # whole rows of all layers at once
+    flat = weight.reshape(-1, width)
+    gone = flat.index_select(0, (first + rows).flatten()).view(layers, -1, width)
     products = torch.bmm(gone, weight.mT)
-    among = products.gather(2, rows.unsqueeze(1).expand(-1, rows.shape[1], -1))
-    value = factor * (2 * products.square().sum() - among.square().sum())
-    gradient = torch.bmm(products.mT, gone).scatter_(1, index, torch.bmm(products, weight))
-    return value, gradient.mul_(4 * factor)
+    beside, among = (products.gather(2, which.unsqueeze(1).expand(-1, rows.shape[1], -1)) for which in (others, rows))
+    value = factor * (2 * beside.square().sum() + among.square().sum())
+    gradient = torch.empty_like(flat)
+    for which, pull in (
+        (rows, torch.bmm(products.mul_(4 * factor), weight)),
+        (others, torch.bmm(beside.mul_(4 * factor).mT, gone)),
+    ):
+        gradient.index_copy_(0, (first + which).flatten(), pull.view(-1, width))
+    return value, gradient.view_as(weight)
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -301,8 +315,11 @@ def _total(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
-    """Inner product, in at least single precision; without a copy where memory allows."""
+    """Inner product, in at least single precision; without a copy where both lie alike in memory, in any format."""
     wide = torch.promote_types(first.dtype, torch.float32)
-    if first.is_contiguous() and second.is_contiguous() and first.dtype == wide:
-        return torch.dot(first.view(-1), second.view(-1))
+    if first.dtype == wide and first.stride() == second.stride():
+        order = sorted(range(first.dim()), key=first.stride, reverse=True)
+        one, other = first.permute(order), second.permute(order)
+        if one.is_contiguous():
+            return torch.dot(one.view(-1), other.view(-1))
     return torch.sum(first * second, dtype=wide)

@@ -107,6 +107,8 @@ def test_what_surgery_takes(wrong: dict[str, Any]) -> None:
         (GReg1, {"ratio": 0.5, "epochs": 2, "granularity": ["weight"]}),
         (GReg1, {"ratio": 0.5, "epochs": 2, "coupled": "False"}),
         (TPP, {"ratio": 0.5, "epochs": 2, "gram": "x"}),
+        (TPP, {"ratio": 0.5, "epochs": 2, "gram_every": 0}),
+        (TPP, {"ratio": 0.5, "epochs": 2, "gram_every": 2.0}),
         (Magnitude, {"ratio": 0.5, "epochs": 2, "steps": "x"}),
         (Magnitude, {"ratio": 0.5, "epochs": 2, "seed": 0.5}),
         (MaskSparsity, {"ratio": 0.5, "epochs": 4, "global_epochs": None}),

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.markdown import on, spread, table
+from benchmarks.markdown import code, counted, on, spread, table
 from benchmarks.pages import Section
 from benchmarks.variants import ABLATIONS, Ablation
 
@@ -61,16 +61,16 @@ def comparison(ablation: Ablation, rows: Sequence[dict[str, Any]]) -> list[str]:
         own = [row for row in rows if row["variant"] == name]
         macs = f"{statistics.mean(row['macs_left'] for row in own):.1%}"
         cells = [accuracies(rows, name, column) for column in COLUMNS]
-        lines.append((_code(name), len(own), macs, *(spread(each, ".1f") if each else "" for each in cells)))
+        lines.append((code(name), len(own), macs, *(spread(each, ".1f") if each else "" for each in cells)))
     text += [*table(("variant", "seeds", "MACs left", *COLUMNS.values()), lines), ""] if lines else []
     for column in ("after", "finetuned"):
-        said = [f"{_code(o)} ({change:+.1f} against {_code(d)})" for o, change, d in beyond(rows, ablation, column)]
+        said = [f"{code(o)} ({change:+.1f} against {code(d)})" for o, change, d in beyond(rows, ablation, column)]
         text.append(f"- {COLUMNS[column].capitalize()}, beyond one deviation: {', '.join(said) or 'none'}.")
     if ablation is ABLATIONS["same_set"] and known:
         seeds = sorted({row["seed"] for row in rows})
         sets = [{row["set"] for row in rows if row["variant"] in known and row["seed"] == seed} for seed in seeds]
         text.append(f"- With {sum(len(each) == 1 for each in sets)} of {len(sets)} seeds all plans were the same.")
-    missing = [_code(name) for name in ablation.variants if name not in known]
+    missing = [code(name) for name in ablation.variants if name not in known]
     text += [f"- Not measured yet: {', '.join(missing)}."] if missing else []
     return [*text, ""]
 
@@ -78,7 +78,7 @@ def comparison(ablation: Ablation, rows: Sequence[dict[str, Any]]) -> list[str]:
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
     """Which defaults are beaten after finetuning."""
     beaten = [
-        f"{_code(default)} by {_code(other)} ({change:+.1f})"
+        f"{code(default)} by {code(other)} ({change:+.1f})"
         for ablation in ABLATIONS.values()
         for other, change, default in beyond(rows, ablation, "finetuned")
         if change > 0
@@ -93,22 +93,13 @@ def body(found: Sequence[Any]) -> list[str]:
     text: list[str] = []
     for whole in sorted(found, key=lambda each: list(TITLES).index(each["preset"])):
         few = f", {whole['few']} images" if whole["few"] else ""
-        setting = (
-            f"{' + '.join(map(str, whole['epochs']))} epochs, {whole['ratio']:.0%} of the inner channels removed{few}"
-        )
+        epochs, precision = " + ".join(map(str, whole["epochs"])), whole.get("precision", "32-true")
+        setting = f"{epochs} epochs in {precision}, {whole['ratio']:.0%} of the inner channels removed{few}"
         text += [f"### {whole['preset']}", "", TITLES[whole["preset"]], ""]
-        text += [f"{setting}; {on(whole['machine'], _threads(whole['threads']))}", "", verdict(whole["rows"]), ""]
+        text += [f"{setting}; {on(whole['machine'], counted(whole['threads']))}", "", verdict(whole["rows"]), ""]
         for ablation in ABLATIONS.values():
             text += comparison(ablation, whole["rows"])
     return text[:-1]
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread" if count == 1 else f"{count} threads"
-
-
-def _code(name: str) -> str:
-    return f"`{name}`" if "=" in name else name
 
 
 SECTION = Section("Choices by evidence", ABOUT, COMMAND, "ablations/*.json", body)

@@ -74,7 +74,8 @@ def conditions(found: Sequence[Any]) -> list[str]:
         threads = sorted({each["threads"] for each in timed if each.get("threads")})
         epochs = " + ".join(map(str, run["epochs"]))
         small = f"A miniature of {run['few']} images; " if run.get("few") else ""
-        lines.append(f"{small}{epochs} epochs; {on(run['versions'], *map(counted, threads))}")
+        precision = run.get("precision", "32-true")
+        lines.append(f"{small}{epochs} epochs in {precision}; {on(run['versions'], *map(counted, threads))}")
     return list(dict.fromkeys(lines))
 
 

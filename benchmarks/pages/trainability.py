@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.markdown import on, spread, table
+from benchmarks.markdown import code, on, spread, table
 from benchmarks.pages import Section
 
 ABOUT = """MLP-7-Linear on scikit-learn's digits, 80 % of the hidden neurons removed: plain L1, L1 with orthogonal
-weights (OrthP), and TPP, each in as many epochs. *JSV*: mean singular value of the Jacobian where the finetune stage
-begins; mean and standard deviation over the seeds, accuracy of the last epoch."""
+weights (OrthP), and TPP, each in as many epochs; TPP also without its decorrelation, and with it at every so-manieth
+step only. *JSV*: mean singular value of the Jacobian where the finetune stage begins; mean and standard deviation over
+the seeds, accuracy of the last epoch."""
 COMMAND = "python benchmarks/trainability.py --output benchmarks/results/trainability.json"
 HEADERS = ("method", "seeds", "neurons", "JSV", "after surgery, %", "finetuned, %")
 
@@ -23,7 +24,7 @@ def body(found: Sequence[Any]) -> list[str]:
         after = "" if name == "dense" else spread([100 * run["accuracy_before_finetuning"] for run in runs], ".1f")
         singular = spread([run["mean_jacobian_singular_value"] for run in runs], ".4f")
         finetuned = spread([100 * run["accuracy"] for run in runs])
-        rows.append((name, len(runs), runs[0]["hidden_neurons"][0], singular, after, finetuned))
+        rows.append((code(name), len(runs), runs[0]["hidden_neurons"][0], singular, after, finetuned))
     verdict = whole["verdict"]
     return [
         on({"device": whole["device"], **whole["versions"]}),

@@ -114,4 +114,12 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *torch._foreach_mul(ctx.gradients, upstream)
+        if ctx.gradients is None:
+            raise RuntimeError("The penalty's gradients were handed over in the first backward pass; retain its graph.")
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another pass
+            return None, None, *torch._foreach_mul(ctx.gradients, upstream)
+        # What nobody else holds is added to in place: as large as the weights, a copy costs as much as the penalty.
+        gradients, ctx.gradients = ctx.gradients, None
+        if upstream.device.type != "cpu" or upstream != 1:  # elsewhere the question would wait for the device
+            torch._foreach_mul_(gradients, upstream)
+        return None, None, *gradients

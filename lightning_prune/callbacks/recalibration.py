@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_prune.callbacks.ranks import agreed
-from lightning_prune.structure.replica import quiet_room, to_device
+from lightning_prune.structure.replica import quiet_room, to_device, unheard
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -97,12 +97,15 @@ def _statistics(
 
 @contextmanager
 def _observing(network: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None]:
-    """Running statistics are those of the last batch alone; afterwards everything is as it was."""
+    """Running statistics are those of the last batch alone, and nothing is logged; afterwards all is as it was."""
+    speakers = [module for module in network.modules() if isinstance(module, LightningModule)]
     modes = {module: module.training for module in network.modules()}
     before = {
         norm: (norm.momentum, [buffer.clone() for buffer in norm.buffers(recurse=False)]) for norm in norms.values()
     }
     network.eval()
+    for speaker in speakers:
+        speaker.log = unheard  # type: ignore[method-assign]  # hides the method
     for norm in norms.values():
         norm.train()
         norm.momentum = 1.0  # type: ignore[assignment]  # a norm, whose momentum is a number
@@ -113,6 +116,8 @@ def _observing(network: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None
             norm.momentum = momentum
             for buffer, value in zip(norm.buffers(recurse=False), buffers, strict=True):
                 buffer.copy_(value)
+        for speaker in speakers:
+            del speaker.log  # the method is seen again
         for module, mode in modes.items():
             module.training = mode
 

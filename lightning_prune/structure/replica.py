@@ -94,7 +94,7 @@ def _uncopyable(model: nn.Module) -> dict[int, Any]:
 
 
 def _complete(module: nn.Module, twin: nn.Module) -> None:
-    """Share what a module leaves out of its copies (a trainer, say), but nothing that runs the original."""
+    """Share what a module leaves out of its copies (a trainer, say), but nothing that runs or reports the original."""
     held = vars(twin)
     for name, value in vars(module).items():
         if value is not None and held.get(name) is None and not callable(value):
@@ -103,6 +103,12 @@ def _complete(module: nn.Module, twin: nn.Module) -> None:
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # compiled: what it was made from
     if getattr(forward, "__self__", None) is module:
         del held["forward"]
+    if "_trainer" in held:  # a LightningModule; what it logs while something is tried on its copy is no step of the run
+        held["log"] = unheard
+
+
+def unheard(*_: Any, **__: Any) -> None:
+    """Stands in for ``LightningModule.log``."""
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

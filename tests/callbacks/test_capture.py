@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
+from lightning_prune import ASCP, GReg1, StructuralPruning
 from lightning_prune.callbacks.base import PruningCallback
 from lightning_prune.callbacks.capture import Capture
 from lightning_prune.errors import ConfigurationError, TraceError
-from tests.callbacks.nets import Classifier, feature_loader, linear_net, seeded, trainer
+from tests.callbacks.nets import Classifier, conv_net, feature_loader, image_loader, linear_net, seeded, trainer
 
 
 class Watcher(PruningCallback):
@@ -32,6 +33,16 @@ class Forwards(Classifier):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self(batch[0], scale=2.0), batch[1])
+
+
+class Speaking(Forwards):
+    """Logs in its own forward."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        outputs = self.net(x) * scale
+        self.log("calls", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log("largest", outputs.detach().max())
+        return outputs
 
 
 class Twins(Classifier):
@@ -245,3 +256,22 @@ def test_without_a_fit_there_is_no_capture() -> None:
         _ = Watcher().capture
     with pytest.raises(ConfigurationError, match="known only after"):
         _ = Capture(Classifier(linear_net())).module
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps", "ignore:.*of the energy was left")
+@pytest.mark.parametrize("method", [GReg1, ASCP])
+def test_what_a_forward_logs_is_logged_for_the_batches_of_the_run_alone(method: Any) -> None:
+    """And neither while the network is traced and proved, nor while its statistics are taken anew."""
+    counts = []
+
+    class Count(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+            counts.append(trainer.callback_metrics["calls"].item())
+
+    built = Speaking(seeded(conv_net))
+    pruning = StructuralPruning(latency_batches=(2,), report_file=None)
+    trainer(method(0.5, epochs=2), pruning, Count(), max_epochs=4).fit(built, image_loader(5))
+    assert pruning.report is not None and pruning.report.latency_after
+    assert pruning.plan is not None and pruning.plan.widths()["net.0"] == (8, 4)
+    assert counts == [5] * 4
+    assert "log" not in vars(built)

@@ -269,3 +269,37 @@ def test_the_users_loss_is_not_changed_in_the_log() -> None:
 def test_unused_parameters_under_ddp_are_not_reached_through_the_loss(unused: bool) -> None:
     stand_in: Any = SimpleNamespace(strategy=DDPStrategy(find_unused_parameters=unused))
     assert uses_loss(stand_in, LightningModule()) is not unused
+
+
+def handed_over(factor: float) -> tuple[Tensor, Tensor]:
+    """A loss with a penalty of value 3 and gradient 2, times a factor; and the parameter."""
+    parameter = nn.Parameter(torch.ones(4))
+    loss = (5 * parameter).sum()
+    penalty = Penalty(torch.tensor(3.0), [parameter], [torch.full((4,), 2.0)])
+    add_to_loss_(loss, lambda: penalty, trainer())
+    return factor * loss, parameter
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_loss_whose_graph_is_kept_gives_its_gradients_again(factor: float) -> None:
+    loss, parameter = handed_over(factor)
+    assert loss.item() == 23 * factor
+    for passes in (1, 2):
+        loss.backward(retain_graph=True)
+        assert torch.equal(parameter.grad, torch.full((4,), 7 * factor * passes))
+    loss.backward()
+    assert torch.equal(parameter.grad, torch.full((4,), 7 * factor * 3))
+    with pytest.raises(RuntimeError, match="retain"):
+        loss.backward()
+
+
+def test_gradients_that_nobody_else_holds_are_handed_over_without_a_copy() -> None:
+    """As large as the weights, a copy would cost as much as the penalty itself."""
+    parameter, gradient = nn.Parameter(torch.ones(4)), torch.full((4,), 2.0)
+    place = gradient.data_ptr()
+    loss = torch.zeros((), requires_grad=True).clone()
+    found = [Penalty(torch.tensor(3.0), [parameter], [gradient])]
+    del gradient
+    add_to_loss_(loss, found.pop, trainer())
+    loss.backward()
+    assert parameter.grad is not None and parameter.grad.data_ptr() == place
