@@ -79,12 +79,17 @@ class Recalibrated(Callback):
         self.value = state_dict["value"]
 
 
-def stage_of(asked: argparse.Namespace, preset: Preset) -> Stage:
-    """The sparse stage of a preset."""
+def data_of(asked: argparse.Namespace, preset: Preset) -> Images:
+    """The images of a preset, at hand."""
     data = Images(preset.data, asked.root, preset.batch, 0, asked.few)
     data.setup("fit")
+    return data
+
+
+def stage_of(asked: argparse.Namespace, preset: Preset) -> Stage:
+    """The sparse stage of a preset."""
     dense, sparse, _ = preset.epochs
-    steps = len(data.train_dataloader())
+    steps = len(data_of(asked, preset).train_dataloader())
     return Stage(dense, sparse, steps, RATIOS[asked.preset], preset.later_rate, preset.weight_decay)
 
 
@@ -148,6 +153,7 @@ def collect(asked: argparse.Namespace, preset: Preset) -> None:
         "precision": preset.precision,
         "ratio": RATIOS[asked.preset],
         "few": asked.few,
+        "images": len(data_of(asked, preset).parts[1][1]),
         "machine": machine("torch", "lightning"),
         "threads": asked.threads,
         "rows": rows,

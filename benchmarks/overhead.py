@@ -62,7 +62,7 @@ NETWORKS = {
     "resnet50": Case(resnet50, 32, 224, 1000, 40_037),
     "vgg19": Case(vgg19, 128, 32, 100, 391),
 }
-TARGETS = {"MaskSparsity": 1.01, "GReg1": 1.01, "GReg2": 1.01, "TPP": 1.03, "ASCP": 1.02}
+TARGETS = {"MaskSparsity": 1.01, "GReg1": 1.01, "GReg2": 1.01, "TPP": 1.03, "TPP, gram=0": 1.03, "ASCP": 1.02}
 TURNS = ("dense", "ours", "loops")
 INSIDE = ("ours, inside", "loops, inside")
 HOOKS = (
@@ -84,6 +84,7 @@ def methods() -> dict[str, Callable[[], Any]]:
         "GReg1": lambda: GReg1(0.5, schedule="cifar"),
         "GReg2": lambda: GReg2(0.5, schedule="cifar"),
         "TPP": lambda: TPP(0.5, schedule="cifar"),
+        "TPP, gram=0": lambda: TPP(0.5, schedule="cifar", gram=0.0),
         "ASCP": lambda: ASCP(0.5, epochs=3),
     }
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks import accuracy, overhead, speed, tables, trainability
 from benchmarks.images import Images
+from benchmarks.markdown import code
 from benchmarks.networks import cifar_resnet
 from benchmarks.pages import RESULTS
 
@@ -241,7 +242,8 @@ def test_overhead_goes_on_method_by_method(tiny: list[str], capsys: pytest.Captu
         assert row["own"][0] > 1
         assert ("epoch_end" in row) == (row["method"] == "ASCP")
     shown = capsys.readouterr().out
-    assert all(f"\n| {name} | " in shown for name in names)
+    assert all(f"\n| {code(name)} | " in shown for name in names)
+    assert " with `gram_every=16`." in shown
     before = Path("overhead.json").read_text()
     overhead.main(tiny)
     assert Path("overhead.json").read_text() == before

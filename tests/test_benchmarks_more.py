@@ -65,7 +65,7 @@ def test_a_miniature_of_the_ablations_is_done_once_and_joined(tmp_path: Path) ->
     ablations.main(arguments)
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
     text = "\n".join(choices.SECTION.lines(tmp_path))
-    assert "1 + 2 + 1 epochs, 85% of the inner channels removed, 128 images" in text
+    assert "1 + 2 + 1 epochs in 32-true, 85% of the inner channels removed, 128 images" in text
     assert "With 1 of 1 seeds all plans were the same." in text
 
 
@@ -152,22 +152,33 @@ def rows(variant: str, finetuned: list[float], after: float = 0.5) -> list[dict[
     ]
 
 
-def test_only_what_is_beyond_one_deviation_counts(tmp_path: Path) -> None:
+def test_only_what_is_more_than_chance_counts(tmp_path: Path) -> None:
     found = [
         *rows("TPP", [0.90, 0.92, 0.94]),
         *rows("TPP, gram=0", [0.93, 0.95, 0.97], after=0.4),
         *rows('TPP, reduction="sum"', [0.91, 0.93, 0.95]),
     ]
-    (gain,) = choices.beyond(found, ABLATIONS["reduction"], "finetuned")
+    (gain,) = choices.beyond(found, ABLATIONS["reduction"], "finetuned", 500)
     assert gain == ("TPP, gram=0", pytest.approx(3.0), "TPP")
-    assert choices.verdict(found).endswith("deviation: TPP by `TPP, gram=0` (+3.0).")
-    assert choices.beyond(rows("TPP", [0.9]) + rows("TPP, gram=0", [0.5]), ABLATIONS["reduction"], "finetuned") == []
+    assert choices.verdict(found, 500).endswith("more than chance: TPP by `TPP, gram=0` (+3.0).")
+    single = rows("TPP", [0.9]) + rows("TPP, gram=0", [0.89])  # two standard errors: 2.8 points, or .86
+    assert choices.beyond(single, ABLATIONS["reduction"], "finetuned", 1000) == []
+    (loss,) = choices.beyond(single, ABLATIONS["reduction"], "finetuned", 10_000)
+    assert loss == ("TPP, gram=0", pytest.approx(-1.0), "TPP")
     machine = {"cpu": "X", "torch": "2.15.0"}
-    whole = {"preset": "cpu", "epochs": [6, 6, 6], "ratio": 0.75, "few": None, "machine": machine, "threads": 2}
+    whole = {
+        "preset": "cpu",
+        "epochs": [6, 6, 6],
+        "ratio": 0.75,
+        "few": None,
+        "images": 500,
+        "machine": machine,
+        "threads": 2,
+    }
     text = choices.body([{**whole, "rows": found}])
     assert "| TPP | 3 | 25.0% | 90.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 0.0 | 92.0 ± 2.0 |" in text
-    assert "6 + 6 + 6 epochs, 75% of the inner channels removed; X, 2 threads; torch 2.15.0." in text
-    assert "- Right after, beyond one deviation: `TPP, gram=0` (-10.0 against TPP)." in text
+    assert "6 + 6 + 6 epochs in 32-true, 75% of the inner channels removed; X, 2 threads; torch 2.15.0." in text
+    assert "- Right after, more than chance: `TPP, gram=0` (-10.0 against TPP)." in text
 
 
 def in_this_process(*arguments: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,9 @@ ABOUT = """Every option against its alternatives. The dense stage of a seed is t
 has the same epochs for its sparse stage and for finetuning, and every inner layer loses the same share of its channels,
 so that multiply-adds are equal. Accuracy in percent of last epochs, mean and standard deviation over the seeds.
 *Before*: as the sparse stage leaves the network. *Right after*: after surgery, which is the masked network's accuracy.
-*Statistics anew*: the same network, with running statistics of its batch norms from 1024 training images. *Beyond one
-deviation*: means that are further apart than either standard deviation."""
+*Statistics anew*: the same network, with running statistics of its batch norms from 1024 training images. *More than
+chance*: means that are further apart than either standard deviation; of one seed, further than two standard errors of a
+difference on so many validation images, in which the spread between seeds is not."""
 COMMAND = "python -m benchmarks.ablations --preset digits    # cpu --root DIR: CIFAR-10; call it again to go on"
 COLUMNS = {
     "dense": "dense",
@@ -39,20 +41,32 @@ def accuracies(rows: Sequence[dict[str, Any]], variant: str, column: str) -> lis
     return [100 * value for value in own if value is not None]
 
 
-def beyond(rows: Sequence[dict[str, Any]], ablation: Ablation, column: str) -> list[tuple[str, float, str]]:
-    """Variants that differ from what they are compared with by more than either deviation, by how much, and that."""
+def beyond(
+    rows: Sequence[dict[str, Any]], ablation: Ablation, column: str, images: int
+) -> list[tuple[str, float, str]]:
+    """Variants that differ from what they are compared with by more than chance, by how much, and that.
+
+    More than either deviation; of one seed more than two standard errors of a difference on so many images.
+    """
     found = []
     for other, default in ablation.against.items():
         ours, theirs = accuracies(rows, default, column), accuracies(rows, other, column)
-        if min(len(ours), len(theirs)) < 2:
+        if not ours or not theirs:
             continue
         change = statistics.mean(theirs) - statistics.mean(ours)
-        if abs(change) > max(statistics.stdev(ours), statistics.stdev(theirs)):
+        if abs(change) > _chance(ours, theirs, images):
             found.append((other, change, default))
     return found
 
 
-def comparison(ablation: Ablation, rows: Sequence[dict[str, Any]]) -> list[str]:
+def _chance(ours: Sequence[float], theirs: Sequence[float], images: int) -> float:
+    if min(len(ours), len(theirs)) > 1:
+        return max(statistics.stdev(ours), statistics.stdev(theirs))
+    shares = [statistics.mean(each) / 100 for each in (ours, theirs)]
+    return 200 * math.sqrt(sum(share * (1 - share) for share in shares) / images)
+
+
+def comparison(ablation: Ablation, rows: Sequence[dict[str, Any]], images: int) -> list[str]:
     """One table, and what in it is more than chance."""
     text = [f"#### {ablation.title}", "", ablation.question, ""]
     known = [name for name in ablation.variants if accuracies(rows, name, "finetuned")]
@@ -64,8 +78,9 @@ def comparison(ablation: Ablation, rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append((code(name), len(own), macs, *(spread(each, ".1f") if each else "" for each in cells)))
     text += [*table(("variant", "seeds", "MACs left", *COLUMNS.values()), lines), ""] if lines else []
     for column in ("after", "finetuned"):
-        said = [f"{code(o)} ({change:+.1f} against {code(d)})" for o, change, d in beyond(rows, ablation, column)]
-        text.append(f"- {COLUMNS[column].capitalize()}, beyond one deviation: {', '.join(said) or 'none'}.")
+        found = beyond(rows, ablation, column, images)
+        said = [f"{code(other)} ({change:+.1f} against {code(default)})" for other, change, default in found]
+        text.append(f"- {COLUMNS[column].capitalize()}, more than chance: {', '.join(said) or 'none'}.")
     if ablation is ABLATIONS["same_set"] and known:
         seeds = sorted({row["seed"] for row in rows})
         sets = [{row["set"] for row in rows if row["variant"] in known and row["seed"] == seed} for seed in seeds]
@@ -75,17 +90,17 @@ def comparison(ablation: Ablation, rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*text, ""]
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> str:
+def verdict(rows: Sequence[dict[str, Any]], images: int) -> str:
     """Which defaults are beaten after finetuning."""
     beaten = [
         f"{code(default)} by {code(other)} ({change:+.1f})"
         for ablation in ABLATIONS.values()
-        for other, change, default in beyond(rows, ablation, "finetuned")
+        for other, change, default in beyond(rows, ablation, "finetuned", images)
         if change > 0
     ]
     pairs = {pair for ablation in ABLATIONS.values() for pair in ablation.against.items()}
     found = ", ".join(dict.fromkeys(beaten)) or "none"
-    return f"Of {len(pairs)} comparisons, finetuned and beaten beyond one deviation: {found}."
+    return f"Of {len(pairs)} comparisons, finetuned and beaten more than chance: {found}."
 
 
 def body(found: Sequence[Any]) -> list[str]:
@@ -96,9 +111,10 @@ def body(found: Sequence[Any]) -> list[str]:
         epochs, precision = " + ".join(map(str, whole["epochs"])), whole.get("precision", "32-true")
         setting = f"{epochs} epochs in {precision}, {whole['ratio']:.0%} of the inner channels removed{few}"
         text += [f"### {whole['preset']}", "", TITLES[whole["preset"]], ""]
-        text += [f"{setting}; {on(whole['machine'], counted(whole['threads']))}", "", verdict(whole["rows"]), ""]
+        rows, images = whole["rows"], whole["images"]
+        text += [f"{setting}; {on(whole['machine'], counted(whole['threads']))}", "", verdict(rows, images), ""]
         for ablation in ABLATIONS.values():
-            text += comparison(ablation, whole["rows"])
+            text += comparison(ablation, rows, images)
     return text[:-1]
 
 

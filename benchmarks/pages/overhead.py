@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.markdown import counted, listed, on, quartiles, table
+from benchmarks.markdown import code, counted, listed, on, quartiles, table
 from benchmarks.pages import Section
 
 ABOUT = """What a method adds to a training step, beside a plain restatement of how the papers' code does it (Python
@@ -27,14 +27,15 @@ def body(found: Sequence[Any]) -> list[str]:
     for (network, batch, device, threads), own in rows.items():
         about = on({"device": device, **own[0]["versions"]}, counted(threads))
         text += [f"### {network}, batch {batch}, {device}", "", about, "", *table(HEADERS, map(_cells, own)), ""]
-        text += [verdict(own, key, name) for key, name in (("ours", "whole step"), ("own", "own time"))] + [""]
+        text += [verdict(own, key, name) for key, name in (("ours", "whole step"), ("own", "own time"))]
+        text += [*lazily(own), ""]
     return text[:-1]
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     ours, loops = (f"{quartiles(amortised(row, key))}" for key in ("ours", "loops"))
     own, theirs = (quartiles(amortised(row, key), ".4f") if key in row else "" for key in ("own", "own_loops"))
-    return row["method"], f"{row['target']:.2f}", ours, own, loops, theirs, f"{row['dense_ms']:.1f}"
+    return code(row["method"]), f"{row['target']:.2f}", ours, own, loops, theirs, f"{row['dense_ms']:.1f}"
 
 
 def amortised(row: dict[str, Any], key: str) -> list[float]:
@@ -50,7 +51,18 @@ def verdict(rows: Sequence[dict[str, Any]], key: str, name: str) -> str:
         return f"- The {name} has not been measured."
     met = [row["method"] for row in known if amortised(row, key)[1] <= row["target"]]
     missed = [row["method"] for row in known if row["method"] not in met]
-    return f"- By the {name}, at or below the target: {listed(met)}; above: {listed(missed)}."
+    return f"- By the {name}, at or below the target: {listed(map(code, met))}; above: {listed(map(code, missed))}."
+
+
+def lazily(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What TPP adds where its decorrelation takes part in some steps only, by its rows with it and without."""
+    known = {row["method"]: row["own"][1] for row in rows if "own" in row}
+    if not {"TPP", "TPP, gram=0"} <= known.keys():
+        return []
+    rest = known["TPP, gram=0"]
+    means = {every: rest + (known["TPP"] - rest) / every for every in (2, 4, 8, 16)}
+    shown = ", ".join(f"{mean:.3f} with {code(f'gram_every={every}')}" for every, mean in means.items())
+    return [f"- TPP by its rows with and without the decorrelation, own time, mean over the steps: {shown}."]
 
 
 SECTION = Section("Overhead of a training step", ABOUT, COMMAND, "overhead.json", body)
