@@ -28,7 +28,9 @@ def taking_part(method: Method, graph: structure.ChannelGraph, label: str) -> di
     shares = structure.select(graph, ratio, ratios=method.ratios, ignore=method.ignore, scope=method.scope)
     meant = [group for group in graph.groups if shares.get(group.name, 0.0) > 0]
     if not meant:
-        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list(graph.pinned.items())[:3])
+        why = "Averages are taken over its channels, or they run along a residual stream; scope='all' prunes it."
+        others = {group.name: why for group in graph.groups if method.scope == "inner" and group.name not in shares}
+        reasons = "; ".join(f"{layer}: {reason}" for layer, reason in list({**others, **graph.pinned}.items())[:3])
         raise ConfigurationError(f"{label} finds no layer to prune with scope={method.scope!r}. {reasons}".strip())
     unfit = [group for group in meant if not method.suits(group)]
     names = ", ".join(group.name for group in unfit[:3]) + (", ..." if len(unfit) > 3 else "")

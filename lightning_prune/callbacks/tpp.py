@@ -127,7 +127,8 @@ class TPP(Growing):
 
     def derive(self, steps: int, dynamics: Dynamics) -> TPPSchedule:
         """See :meth:`~lightning_prune.schedules.TPPSchedule.derive`."""
-        return TPPSchedule.derive(steps, dynamics, max(1, len(self._groups)), self._steepness())
+        layers = max(1, len(self._groups))
+        return TPPSchedule.derive(steps, dynamics, layers, self._steepness(), self.gram_every)
 
     def suits(self, group: structure.ChannelGroup) -> bool:
         """There must be filters to decorrelate."""

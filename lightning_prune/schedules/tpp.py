@@ -99,7 +99,14 @@ class TPPSchedule:
         return growing + dynamics.rate(self.ceiling) * (self.hold + 1)
 
     @classmethod
-    def derive(cls, steps: int, dynamics: Dynamics, layers: int = 1, steepness: float | None = None) -> TPPSchedule:
+    def derive(
+        cls,
+        steps: int,
+        dynamics: Dynamics,
+        layers: int = 1,
+        steepness: float | None = None,
+        gram_every: int = 1,
+    ) -> TPPSchedule:
         r"""The schedule that lets channels collapse in so many optimiser steps: two thirds growth, one third hold.
 
         The ceiling is the smallest that shrinks a weight to exp(-12) of itself, but at least 0.05: the zeros do the
@@ -111,7 +118,8 @@ class TPPSchedule:
         The decorrelation pulls at filters that stay, too, in proportion to what is left of those that go. While those
         vanish under their own penalty it shrinks them by half its steepness over that of the penalty in all, as an
         exponent and however long the stage. So it is at most as steep as the penalty itself, which also keeps it from
-        overshooting with any optimiser.
+        overshooting with any optimiser. Where it takes part in one step of many, as many times as strong, what such a
+        step moves with the momentum that follows is no more than what is there.
 
         Args:
             steps: optimiser steps of the whole sparse stage, at least 2.
@@ -119,6 +127,7 @@ class TPPSchedule:
             layers: how many layers take part.
             steepness: largest second derivative of the decorrelation alone, :math:`4 \lVert W \rVert_2^2 / N^2` of the
                 steepest layer, without the divisor where it is summed; ``None`` leaves the published factor.
+            gram_every: steps from one decorrelation to the next.
 
         >>> schedule = TPPSchedule.derive(600, Dynamics(0.05, momentum=0.9), layers=10, steepness=0.02)
         >>> schedule.last_event, schedule.length, round(schedule.ceiling, 3), schedule.gram, schedule.zero_every
@@ -127,10 +136,11 @@ class TPPSchedule:
         check(steps >= 2, f"TPP needs at least 2 optimiser steps, not {steps}.")
         events, every = growth_events(max(1, round(steps * 2 / 3)))
         hold = steps - 1 - events * every
-        gram = min(cls.gram, 1.0 / steepness) if steepness else cls.gram
         zero_every = max(1, hold // (2 * max(1, layers)))
 
         def schedule(ceiling: float) -> TPPSchedule:
+            at_once = gram_every * dynamics.learning_rate * ceiling / (1 - dynamics.momentum) if gram_every > 1 else 0.0
+            gram = min(cls.gram, 1.0 / (steepness * max(1.0, at_once))) if steepness else cls.gram
             return cls(ceiling / events, ceiling, every, hold, gram=gram, zero_every=zero_every)
 
         least = dynamics.usual if dynamics.decoupled else LEAST

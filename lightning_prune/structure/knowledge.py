@@ -44,11 +44,17 @@ class Known(NamedTuple):
 
 
 class Debt(NamedTuple):
-    """Labels that are pinned once a tensor is read, and why; ``by_others``: other than the weight it is made of."""
+    """What is noted of labels once a tensor is read that has mixed them: a statistic that nobody reads binds nobody.
+
+    Args:
+        labels: of a dim.
+        reason: why they are pinned, as a sentence; ``None`` where the statistic is taken anew over what stays.
+        by_others: pinned once others read it than the weight it is made of.
+    """
 
     labels: Ints
-    reason: str
-    by_others: bool
+    reason: str | None
+    by_others: bool = False
 
 
 class Knowledge:
@@ -156,11 +162,11 @@ class Knowledge:
         ]
 
     def owe(self, tensor: Tensor, debt: Debt) -> None:
-        """Pin these labels as soon as somebody reads the tensor, which has mixed them; if nobody does, never."""
+        """Note something as soon as somebody reads the tensor; if nobody does, never."""
         self._debts.setdefault(id(tensor), []).append((weakref.ref(tensor), debt))
 
     def settle(self, tensor: Tensor, beside: Sequence[Tensor] = (), results: Sequence[Tensor] = ()) -> bool:
-        """Pin what is owed for a tensor that is read.
+        """Note what is owed for a tensor that is read.
 
         Args:
             tensor: that is read.
@@ -184,15 +190,21 @@ class Knowledge:
                     if result is not tensor:
                         self.owe(result, debt)
             else:
-                self.labels.pin(debt.labels, debt.reason)
+                self._pay(debt)
         return met
 
     def settle_live(self) -> None:
-        """Pin what is owed for tensors that somebody still holds."""
+        """Note what is owed for tensors that somebody still holds."""
         for debts in self._debts.values():
             for reference, debt in debts:
                 if reference() is not None:
-                    self.labels.pin(debt.labels, debt.reason)
+                    self._pay(debt)
+
+    def _pay(self, debt: Debt) -> None:
+        if debt.reason is None:
+            self.note_renormalised(debt.labels)
+        else:
+            self.labels.pin(debt.labels, debt.reason)
 
     def _runs_along(self, tensor: Tensor, labels: Ints) -> bool:
         """Whether these labels are those of one of a weight's dims."""

@@ -129,6 +129,22 @@ def test_a_network_without_a_layer_that_may_go() -> None:
     refused("finds no layer to prune", Task(nn.Sequential(nn.Flatten(), nn.Linear(108, 4))), Magnitude(0.5))
 
 
+class Averaging(nn.Module):
+    """Divides what its layer makes by an average over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(108, 8), nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.hidden(images.flatten(1)).relu()
+        return self.head(hidden / (1 + hidden.mean(1, keepdim=True)))
+
+
+def test_layers_that_only_another_scope_prunes_are_named() -> None:
+    refused("hidden: Averages are taken over its channels.*scope='all' prunes it", Task(Averaging()), Magnitude(0.5))
+
+
 # Quantised networks.
 
 

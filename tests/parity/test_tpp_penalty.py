@@ -231,6 +231,22 @@ def test_the_decorrelation_is_no_steeper_than_the_penalty(dynamics: Dynamics, st
     assert TPPSchedule.derive(600, dynamics).gram == 1000
 
 
+@pytest.mark.parametrize("every", [1, 4, 16, 64, 256])
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
+@pytest.mark.parametrize("rate", [0.01, 0.3])
+def test_a_lazy_decorrelation_never_leaves_more_than_there_was(every: int, momentum: float, rate: float) -> None:
+    """A weight along the steepest direction, in a stage so short that the ceiling is high."""
+    dynamics = Dynamics(rate, momentum=momentum)
+    schedule = TPPSchedule.derive(600, dynamics, steepness=0.02, gram_every=every)
+    weight, velocity, largest = 1.0, 0.0, 0.0
+    for step in range(4 * schedule.length):
+        pull = schedule.ceiling * schedule.gram * 0.02 * every * weight if step % every == 0 else 0.0
+        velocity = momentum * velocity + pull
+        weight -= rate * velocity
+        largest = max(largest, abs(weight))
+    assert largest <= 1.0 and abs(weight) < 1.0
+
+
 def test_what_stays_shrinks_by_half_the_steepness_however_long_the_stage() -> None:
     """A filter along one that goes: its logarithm falls by half the factor times the steepness, and no further."""
     for ceiling, steps in ((0.1, 4_000), (0.4, 1_000), (0.02, 20_000)):

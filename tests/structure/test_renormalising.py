@@ -53,6 +53,31 @@ def unequal(model: nn.Module) -> PruningPlan:
     return graph.plan(pick(graph, ratios=ratios, score="random", renormalise=True))
 
 
+class Watched(nn.Module):
+    """Takes a statistic of what its stem makes: to look at it, to compute with it, or to give it out."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use = use
+        self.stem, self.head = nn.Conv2d(3, 8, 3), Pooled(8)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        hidden = self.stem(x).relu()
+        level = hidden.detach().mean()
+        scores = self.head(hidden / (1 + level) if self.use == "computes" else hidden)
+        return (scores, level) if self.use == "returns" else scores
+
+
+@pytest.mark.parametrize(("use", "binds"), [("looks", False), ("computes", True), ("returns", True)])
+def test_a_statistic_that_nobody_reads_binds_nobody(use: str, binds: bool) -> None:
+    graph = trace(Watched(use), IMAGES)
+    assert bool(graph["stem"].renormalised) is binds
+    assert graph["stem"].mergeable is not binds
+    plan = choose(graph, 0.5, renormalise=True)
+    assert plan.widths() == {"stem": (8, 4)} and bool(plan.renormalised) is binds
+    prove(graph.model, plan, IMAGES)
+
+
 def test_inputs_of_standardised_weights_ask_for_leave() -> None:
     graph = trace(net(), IMAGES)
     assert graph["0"].renormalised == (("2.weight", 1),) and not graph["2"].renormalised
