@@ -91,6 +91,17 @@ class Call:
             for tensor in self.outputs:
                 self.known.owe(tensor, Debt(axis.labels, self._reason(why), by_others))
 
+    def renormalise_if_read(self, axis: Axis) -> None:
+        """Note that what this returns is a statistic over what stays, once it is read.
+
+        Where there are values, Python reads them unheard (``tolist``).
+        """
+        for tensor in self.outputs:
+            if tensor.is_meta:
+                self.known.owe(tensor, Debt(axis.labels, None))
+            else:
+                self.known.note_renormalised(axis.labels)
+
     def _reason(self, why: str) -> str:
         return f"Its channels {why} ({self.name} {self.where})."
 

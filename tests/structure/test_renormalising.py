@@ -64,11 +64,12 @@ class Watched(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         hidden = self.stem(x).relu()
         level = hidden.detach().mean()
-        scores = self.head(hidden / (1 + level) if self.use == "computes" else hidden)
+        divisor = {"computes": lambda: level, "asks": level.tolist}.get(self.use, lambda: 0)()
+        scores = self.head(hidden / (1 + divisor))
         return (scores, level) if self.use == "returns" else scores
 
 
-@pytest.mark.parametrize(("use", "binds"), [("looks", False), ("computes", True), ("returns", True)])
+@pytest.mark.parametrize(("use", "binds"), [("looks", False), ("computes", True), ("asks", True), ("returns", True)])
 def test_a_statistic_that_nobody_reads_binds_nobody(use: str, binds: bool) -> None:
     graph = trace(Watched(use), IMAGES)
     assert bool(graph["stem"].renormalised) is binds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lightning_prune.structure.call import Call
-from lightning_prune.structure.knowledge import Debt
 from lightning_prune.structure.labels import Axes, Axis
 from lightning_prune.structure.rules.registry import of_channels, of_weight, positive, rule, several
 
@@ -24,8 +23,7 @@ def _reduced(
         if axis is not None and zeros_pass and axis.vanishes:
             call.labels.mark(axis.labels, "bound")
         elif axis is not None and statistic and call.known.from_data(source) and of_channels(call, axis):
-            for result in call.outputs:
-                call.known.owe(result, Debt(axis.labels, None))
+            call.renormalise_if_read(axis)
         else:
             call.pin_if_read(axis, "are taken together", by_others=statistic and of_weight(call, source, axis))
     kept: list[Axis | None] = []
