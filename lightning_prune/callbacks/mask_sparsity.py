@@ -83,8 +83,8 @@ class MaskSparsity(Regulariser):
     Args:
         ratio: fraction of channels to remove, in (0, 1); or
         threshold: absolute scale up to which a channel goes; at least one channel stays in every layer; or
-        budget: what may be left of the network, such as ``{"macs": 0.4}``: one threshold for the scales of all layers
-            is found by bisection; see :class:`~lightning_prune.Budget`.
+        budget: what may be left of the network, such as ``{"macs": 0.4}``; see :class:`~lightning_prune.Budget`. All
+            layers lose the same share, or with ``global_epochs`` what one threshold for the scales of all says.
         epochs: length of the sparse stage, global stage and hold included.
         global_epochs: epochs at the beginning of the sparse stage in which all scales are penalised.
         mask_at: epochs of the trainer at whose beginning the mask is made again, inside the masked stage.
@@ -408,7 +408,9 @@ class MaskSparsity(Regulariser):
     ) -> dict[str, list[int]]:
         """As few channels as the budget allows, beside those that have a ratio of their own."""
         shares = {name: self._so_far(share) for name, share in self._shares.items()}
-        prices = {name: prices_of(each, self.group_rule) for name, each in scales.items()}
+        # scales of different layers compare only after they have been pulled at alike
+        compares = self.global_epochs > 0
+        prices = {name: prices_of(each, self.group_rule) for name, each in scales.items()} if compares else None
         options: Any = {"round_to": self.multiple, "progress": self._progress(), "label": self._label}
         found = spend_together(self._run()[0], graph, budget, shares, self.ratios, prices, **options)
         self._note(found.outcome)

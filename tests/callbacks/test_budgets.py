@@ -28,6 +28,7 @@ from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.callbacks.tpp import TPP
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.reports import Cost, Latency, PruningReport, count_cost, surgery_table
+from lightning_prune.schedules import MaskSparsityStrength
 from lightning_prune.structure import Outcome, PruningPlan, choose, multiples, prune_, resolve, trace
 from tests.callbacks.nets import Classifier, conv_net, image_loader, seeded, trainer
 from tests.callbacks.slimming import Residual
@@ -56,10 +57,18 @@ def scales(model: nn.Module) -> list[Tensor]:
     return [norm.weight.detach().clone() for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
 
 
+class Still(Classifier):
+    """Trains so slowly that its scales stay as they are."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-12)
+
+
 def picked(model: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """What MaskSparsity takes, by the scales as they are."""
-    method = MaskSparsity(epochs=1, **arguments)
-    trainer(method, limit_train_batches=1).fit(Classifier(model), image_loader(1))
+    """What MaskSparsity takes after a global stage, by the scales as they are."""
+    strength = MaskSparsityStrength(strength=1e13, global_strength=1.0)  # enough for a mask at so small a rate
+    method = MaskSparsity(epochs=2, global_epochs=1, constants=strength, **arguments)
+    trainer(method, max_epochs=2, limit_train_batches=1).fit(Still(model), image_loader(1))
     return method.removal()
 
 
@@ -139,7 +148,17 @@ def test_steps_of_magnitude_come_down_to_the_budget() -> None:
     assert seen[-1] == trainer_seen and all(0 < seen[0][name] == -(-count // 2) for name, count in trainer_seen.items())
 
 
-# MaskSparsity ranks the channels of all layers.
+# MaskSparsity ranks the channels of all layers, once a global stage has made their scales comparable.
+
+
+def test_without_a_global_stage_every_layer_loses_the_same_share() -> None:
+    model = net(conv_net)
+    with torch.no_grad():
+        model[1].weight.mul_(10)  # by which nothing is worth more: the next layer's weights may be a tenth
+    method = MaskSparsity(epochs=1, budget={"macs": 0.5})
+    trainer(method, limit_train_batches=1).fit(Classifier(model), image_loader(1))
+    wanted = choose(trace(net(conv_net), IMAGES), budget={"macs": 0.5}).widths()
+    assert {name: (16, 16 - len(gone)) for name, gone in method.removal().items()} == wanted
 
 
 @pytest.mark.parametrize("target", [0.2, 0.35, 0.5, 0.8, 0.97])
