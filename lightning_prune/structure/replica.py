@@ -103,7 +103,7 @@ def _complete(module: nn.Module, twin: nn.Module) -> None:
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # compiled: what it was made from
     if getattr(forward, "__self__", None) is module:
         del held["forward"]
-    if "_trainer" in held:  # a LightningModule; what it logs while something is tried on its copy is no step of the run
+    if "_trainer" in held and hasattr(twin, "log_dict"):  # a LightningModule: what is tried on its copy is no step
         held["log"] = unheard
 
 
