@@ -59,7 +59,7 @@ def run(method: str, share: float, seed: int, finetuned: float, dense: float = 0
 def test_accuracies_are_means_and_deviations_over_the_seeds(tmp_path: Path) -> None:
     runs = [run(method, 0.5, seed, 0.8 + gain + seed / 100) for seed in (0, 1, 2) for method, gain in GAINS.items()]
     page = shown(tmp_path, "digits", [*runs, run("Magnitude", 0.25, 0, 0.7), run("TPP", 0.25, 0, 0.7)])
-    assert "2 + 2 + 2 epochs; cpu X, 1 thread; torch 2.15.0." in page
+    assert "2 + 2 + 2 epochs in 32-true; cpu X, 1 thread; torch 2.15.0." in page
     assert "Slim and masked networks differ by at most 3e-15 of the largest output" in page
     assert "#### 50 % of the multiply-adds removed (2.00x)" in page
     line = (

@@ -100,7 +100,7 @@ def verdict(rows: Sequence[dict[str, Any]], images: int) -> str:
     ]
     pairs = {pair for ablation in ABLATIONS.values() for pair in ablation.against.items()}
     found = ", ".join(dict.fromkeys(beaten)) or "none"
-    return f"Of {len(pairs)} comparisons, finetuned and beaten more than chance: {found}."
+    return f"Of {len(pairs)} comparisons, finetuned and beaten by more than chance: {found}."
 
 
 def body(found: Sequence[Any]) -> list[str]:
