@@ -140,7 +140,7 @@ def quiet(**settings: Any) -> Trainer:
 
 
 def step_cost(net: nn.Module, picture: Tensor, method: Any) -> dict[str, float]:
-    """Of a method in a live fit: a step's strength and penalty, of the last steps: at first nothing may be pulled at."""
+    """Of a method in a live fit: strength and penalty of a late step, for at first nothing may be pulled at."""
     update, penalty = Clock(), Clock()
     method.update, method.penalty = update.around(method.update), penalty.around(method.penalty)
     trainer = quiet(max_epochs=2, limit_train_batches=STEPS, callbacks=[method])
