@@ -255,7 +255,7 @@ VARIANTS: dict[str, Variant] = {
     "ASCP, pull=0.3": on(ASCP, pull=0.3),
     'ASCP, representative="medoid"': on(ASCP, representative="medoid"),
     "ASCP, recalibrate=0": on(ASCP, recalibrate=0),
-    'ASCP, rate="exp"': on(ASCP, rate="exp"),
+    'ASCP, rate="cosine"': on(ASCP, rate="cosine"),
     'ASCP, rate="linear"': on(ASCP, rate="linear"),
     'ASCP, rate="poly3"': on(ASCP, rate="poly3"),
     'ASCP, rate="const"': on(ASCP, rate="const"),
@@ -372,8 +372,8 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "schedules": Ablation(
         "ASCP: `rate`",
-        "Which way do the clusters become fewer? The default of short stages is the cosine.",
-        *_against("ASCP", *(f'ASCP, rate="{shape}"' for shape in ("exp", "linear", "poly3", "const"))),
+        "Which way do the clusters become fewer? The default is the published exponential.",
+        *_against("ASCP", *(f'ASCP, rate="{shape}"' for shape in ("cosine", "linear", "poly3", "const"))),
     ),
     "clusters": Ablation(
         "Clusters or norms",

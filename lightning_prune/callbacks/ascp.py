@@ -71,8 +71,7 @@ class ASCP(Regulariser):
             :class:`~lightning_prune.Budget`.
         epochs: length of the soft stage; rate and freeze are derived for it.
         schedule: instead of ``epochs`` a record of constants; ``ASCPSchedule(200)`` is the published form.
-        rate: shape of the growing rate, where ``epochs`` is given; ``None`` is ``"cosine"`` below 50 epochs, else
-            ``"exp"``.
+        rate: shape of the growing rate, where ``epochs`` is given; ``None`` is the published ``"exp"``.
         cluster: ``"kmeans"``, ``"ward"`` (nested partitions), or one that looks at no weight, for comparison:
             ``"even"``, ``"imbalanced"``, ``"random"``.
         representative: ``"mean"``, or ``"medoid"`` to copy the member nearest to it.

@@ -136,10 +136,11 @@ class ASCPSchedule:
     def derive(cls, epochs: int) -> ASCPSchedule:
         """The schedule for a stage of so many epochs, from a trained network.
 
-        From 50 epochs on the published form. A short stage can't make up for three quarters of the rate in its first
-        eighth: there the rate follows a cosine over the first three quarters, and the partition stays from then on.
+        From 50 epochs on the published form. In a short stage the learning rate often falls to zero: there the ramp
+        ends after three quarters, and the partition stays from then on. The shape is the published one, which merges
+        early, while there is training to make up for it.
 
         >>> [round(ASCPSchedule.derive(5).share(epoch), 2) for epoch in range(6)], ASCPSchedule.derive(5).freeze_epoch
-        ([0.0, 0.17, 0.55, 0.9, 1.0, 1.0], 4)
+        ([0.0, 0.95, 1.0, 1.0, 1.0, 1.0], 4)
         """
-        return cls(epochs) if epochs >= 50 else cls(epochs, "cosine", ramp=0.75, freeze_after=0.75)
+        return cls(epochs) if epochs >= 50 else cls(epochs, ramp=0.75, freeze_after=0.75)
