@@ -354,6 +354,11 @@ def same(row: dict[str, Any], network: str, method: str, device: str) -> bool:
     return who == (network, method, device, torch.get_num_threads())
 
 
+def place(row: dict[str, Any]) -> tuple[str, int, int]:
+    """Of a row in the file: by device, network and method."""
+    return row["device"], list(NETWORKS).index(row["network"]), list(TARGETS).index(row["method"])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is not known yet, write after each method, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -376,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if any("own" in row for row in known) and not asked.again:
             continue
         rows = [row for row in rows if row not in known] + [measure(asked.network, method, asked.turns)]
-        rows.sort(key=lambda row: (row["device"], list(NETWORKS).index(row["network"])))
+        rows.sort(key=place)
         asked.out.write_text(json.dumps({"rows": rows}, indent=2, sort_keys=True) + "\n")
         if time.monotonic() > deadline:
             break

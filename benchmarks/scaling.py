@@ -287,6 +287,7 @@ def points(
 
 def plot(whole: dict[str, Any], folder: Path = IMAGES) -> None:
     """Draw ``scaling.svg`` and ``scaling_ranks.svg``; the same numbers give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
     import matplotlib
     from matplotlib.figure import Figure
 
