@@ -287,10 +287,10 @@ def points(
 
 def plot(whole: dict[str, Any], folder: Path = IMAGES) -> None:
     """Draw ``scaling.svg`` and ``scaling_ranks.svg``; the same numbers give the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
     import matplotlib
     from matplotlib.figure import Figure
 
+    folder.mkdir(parents=True, exist_ok=True)
     settings = {"svg.hashsalt": "lightning_prune", "svg.fonttype": "none", "font.size": 8}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(9.6, 4.8), layout="constrained")

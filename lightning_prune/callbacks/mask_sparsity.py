@@ -121,7 +121,6 @@ class MaskSparsity(Regulariser):
 
     schedule_type = MaskStage
     needs = "a norm with scales"
-    ranks_all = True
 
     _record: MaskSparsityStrength
     _masked_at: int | None
@@ -198,6 +197,8 @@ class MaskSparsity(Regulariser):
         )
         self.threshold = threshold
         self.global_epochs = global_epochs
+        # scales of different layers compare only after a global stage has pulled at all of them alike
+        self.ranks_all = global_epochs > 0
         self.mask_at = tuple(masked)
         self.passes = passes
         self.restart_from = restart_from
@@ -264,7 +265,7 @@ class MaskSparsity(Regulariser):
         scales = {name: scales_of(group, self._parameters) for name, group in self._groups.items()}
         for name, channels in self._emptied.items():
             scales[name][:, list(channels)] = 0  # which they are after the next step: nobody comes back
-        if self.budget is not None:
+        if self.budget is not None and self.ranks_all:
             return self._within(self.budget, graph, scales)
         doomed = self._doomed(scales)
         small, total = sum(map(len, doomed.values())), sum(group.size for group in self._groups.values())
@@ -408,9 +409,7 @@ class MaskSparsity(Regulariser):
     ) -> dict[str, list[int]]:
         """As few channels as the budget allows, beside those that have a ratio of their own."""
         shares = {name: self._so_far(share) for name, share in self._shares.items()}
-        # scales of different layers compare only after they have been pulled at alike
-        compares = self.global_epochs > 0
-        prices = {name: prices_of(each, self.group_rule) for name, each in scales.items()} if compares else None
+        prices = {name: prices_of(each, self.group_rule) for name, each in scales.items()}
         options: Any = {"round_to": self.multiple, "progress": self._progress(), "label": self._label}
         found = spend_together(self._run()[0], graph, budget, shares, self.ratios, prices, **options)
         self._note(found.outcome)
