@@ -82,8 +82,8 @@ def comparison(ablation: Ablation, rows: Sequence[dict[str, Any]], images: int) 
         said = [f"{code(other)} ({change:+.1f} against {code(default)})" for other, change, default in found]
         text.append(f"- {COLUMNS[column].capitalize()}, more than chance: {', '.join(said) or 'none'}.")
     if ablation is ABLATIONS["same_set"] and known:
-        seeds = sorted({row["seed"] for row in rows})
-        sets = [{row["set"] for row in rows if row["variant"] in known and row["seed"] == seed} for seed in seeds]
+        own = [row for row in rows if row["variant"] in known]
+        sets = [{row["set"] for row in own if row["seed"] == seed} for seed in sorted({row["seed"] for row in own})]
         text.append(f"- With {sum(len(each) == 1 for each in sets)} of {len(sets)} seeds all plans were the same.")
     missing = [code(name) for name in ablation.variants if name not in known]
     text += [f"- Not measured yet: {', '.join(missing)}."] if missing else []
