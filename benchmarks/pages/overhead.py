@@ -13,7 +13,9 @@ loops over layers, clusters and pruned filters that add to the gradients). Dense
 restatement's take turns in one run. *Whole step*: its time over that of the dense steps around it, median and quartiles
 over the turns. *Own time*: 1 plus the time inside the callback's hooks and in the penalty's backward pass, over the
 dense step, on a processor in its own seconds; what else the machine does hardly touches it. Where a method works at an
-epoch's end (ASCP), its row holds that too, spread over the steps of an epoch of the data set."""
+epoch's end (ASCP), its row holds that too, spread over the steps of an epoch of the data set. TPP's row has the
+published constants, which decorrelate at every step; with `epochs=N` it does so more rarely where that would add more
+than a hundredth to training's multiply-adds."""
 COMMAND = "python benchmarks/overhead.py --network resnet56 --minutes 30    # resnet50, vgg19; call it again to go on"
 HEADERS = ("method", "target", "whole step", "own time", "loops: whole step", "loops: own time", "dense step, ms")
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from lightning_prune.callbacks.decision import Decision
 from lightning_prune.callbacks.ranks import on_first_rank, run_together
@@ -21,7 +20,7 @@ from lightning_prune.reports.origin import commit
 from lightning_prune.reports.report import PruningReport
 from lightning_prune.reports.wording import first_line
 from lightning_prune.structure import Outcome, Plan, Proof, PruningPlan, SparsityPlan, prove, prune_
-from lightning_prune.structure.batches import resized
+from lightning_prune.structure.batches import resized, sample_count
 from lightning_prune.structure.replica import replica
 from lightning_prune.structure.slim_file import stored_bytes
 
@@ -116,10 +115,7 @@ def _prove(network: nn.Module, plan: PruningPlan, inputs: Inputs, tolerance: flo
 
 def _few(inputs: Inputs) -> Inputs:
     # The proof runs in double precision, twice: a large batch would cost minutes and show no more.
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not tensors or tensors[0].shape[0] <= SAMPLES:
-        return inputs
-    few: Inputs = resized(inputs, SAMPLES)
+    few: Inputs = resized(inputs, SAMPLES) if (sample_count(inputs) or 0) > SAMPLES else inputs
     return few
 
 

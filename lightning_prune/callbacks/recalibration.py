@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
 
 from lightning_prune.callbacks.ranks import agreed
+from lightning_prune.structure.batches import sample_count
 from lightning_prune.structure.replica import quiet_room, to_device, unheard
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -144,6 +144,6 @@ def _is_plain(value: Any) -> bool:
 
 
 def _count(call: Call) -> int:
-    """Samples of one call: the first tensor's leading dim."""
-    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
-    return int(tensors[0].shape[0]) if tensors else 1
+    """Samples of one call; one that says nothing of them counts as one."""
+    found = sample_count(call)
+    return 1 if found is None else found

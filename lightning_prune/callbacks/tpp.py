@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,9 +18,24 @@ from lightning_prune.callbacks.growing import Growing, constants
 from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.callbacks.targets import Target, aim, zero_out_
 from lightning_prune.door import check, number, switch, whole
+from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import gram_decorrelation, spectral_norm, weighted_l2
 from lightning_prune.schedules import TPP_CIFAR, TPP_IMAGENET, Dynamics, TPPSchedule
 from lightning_prune.structure import Budget
+from lightning_prune.structure.batches import sample_count
+from lightning_prune.structure.counting import count_macs
+
+SHARE = 0.01
+"""Of training's multiply-adds, what the products of a lazy decorrelation come to."""
+
+LAZIEST = 16
+"""Steps between two decorrelations: no more has been measured."""
+
+FEWEST = 32
+"""Decorrelations in a stage, at least."""
+
+NOTHING = 10**8
+"""Multiply-adds of one decorrelation that nobody notices: some milliseconds of one core."""
 
 
 @final
@@ -48,7 +66,8 @@ class TPP(Growing):
             with ``epochs`` lowers it until it is as steep as the other penalty; 0 is no decorrelation.
         gram_every: optimiser steps from one decorrelation to the next, which counts as many times as much (lazy
             regularisation). Its products take time proportional to N^2 D for N filters of D weights, whatever the
-            batch: a sixth of a step for VGG-19 at 32 x 32.
+            batch: a sixth of a step for VGG-19 at 32 x 32. ``None`` leaves it to the schedule: 1 as published; with
+            ``epochs`` as many (at most 16) as keep what they add at a hundredth of training's multiply-adds.
         coupled: penalise also what the next layers read from the channels that will go; ``False`` is the published
             form, in which networks without normalisation make up for what shrinks.
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
@@ -89,7 +108,7 @@ class TPP(Growing):
         schedule: TPPSchedule | Literal["cifar", "imagenet"] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         gram: float | None = None,
-        gram_every: int = 1,
+        gram_every: int | None = None,
         coupled: bool = True,
         ratios: Mapping[str, float] | None = None,
         ignore: Sequence[str] = (),
@@ -117,7 +136,8 @@ class TPP(Growing):
         if gram is not None:
             number("gram", gram)
         check(gram is None or 0 <= gram < float("inf"), f"gram={gram} must be a finite number of at least 0, or None.")
-        whole("gram_every", gram_every, least=1)
+        if gram_every is not None:
+            whole("gram_every", gram_every, least=1)
         self.schedule = schedule
         self.reduction = reduction
         self.gram = gram
@@ -127,8 +147,18 @@ class TPP(Growing):
 
     def derive(self, steps: int, dynamics: Dynamics) -> TPPSchedule:
         """See :meth:`~lightning_prune.schedules.TPPSchedule.derive`."""
-        layers = max(1, len(self._groups))
-        return TPPSchedule.derive(steps, dynamics, layers, self._steepness(), self.gram_every)
+        layers, every = max(1, len(self._groups)), self.gram_every or self._interval(steps)
+        return TPPSchedule.derive(steps, dynamics, layers, self._steepness(), every)
+
+    def entered(self, trainer: Trainer, dynamics: Dynamics) -> None:
+        """Say also where the decorrelation is lazy without having been told to."""
+        super().entered(trainer, dynamics)
+        every = self._schedule.gram_every
+        if self._constants is None and self.gram_every is None and every > 1:
+            rank_zero_info(
+                f"{self._label}: the decorrelation would add more than {SHARE:.0%} to the multiply-adds of a step; it "
+                f"acts in one step of {every}, {every} times as strong. gram_every=1 is the published form."
+            )
 
     def suits(self, group: structure.ChannelGroup) -> bool:
         """There must be filters to decorrelate."""
@@ -148,7 +178,8 @@ class TPP(Growing):
             self._shrinking = [target.parameter for target in aimed]
             self._masks = [target.union() for target in aimed]
             self._filters = self._find_filters()
-        lazily = 0 if step % self.gram_every else self.gram_every
+        every = self.gram_every or self._schedule.gram_every
+        lazily = 0 if step % every else every
         self._factor = lazily * self._strength * (self._schedule.gram if self.gram is None else self.gram)
 
     def penalty(self) -> Penalty | None:
@@ -188,13 +219,44 @@ class TPP(Growing):
     def _steepness(self) -> float | None:
         r"""Of the steepest layer as it is now: :math:`4 \lVert W \rVert_2^2 / N^2`, without the divisor for a sum."""
         found = []
-        for name, dim in {member for group in self._groups.values() for member in group.outputs}:
-            parameter = self._parameters.get(name)
-            if parameter is not None and parameter.dim() > 1:
-                weight = parameter.detach().movedim(dim, 0).flatten(1).float()
-                count = weight.shape[0] ** 2 if self.reduction == "mean" else 1
-                found.append(4 * spectral_norm(weight).square() / count)
+        for parameter, dim, _ in self._producers():
+            weight = parameter.detach().movedim(dim, 0).flatten(1).float()
+            count = weight.shape[0] ** 2 if self.reduction == "mean" else 1
+            found.append(4 * spectral_norm(weight).square() / count)
         return self.agreed(lambda: float(torch.stack(found).max())) if found else None
+
+    def _interval(self, steps: int) -> int:
+        """Optimiser steps from one decorrelation to the next."""
+        return self.agreed(lambda: self._affordable(steps)) if self._producers() else 1
+
+    def _affordable(self, steps: int) -> int:
+        r"""As many as keep the products at their share of multiply-adds, and some decorrelations in short stages.
+
+        The products of n of N filters with D weights take :math:`n D (3N - n)` of them, training three times as many as
+        the forward pass.
+        """
+        graph, batch = self.capture.graph, sample_count(self.capture.inputs)
+        if graph is None or not batch or self.gram == 0:
+            return 1
+        products = sum(gone * (3 - gone / p.shape[dim]) * p.numel() for p, dim, gone in self._producers())
+        if products < NOTHING:
+            return 1
+        try:
+            training = 3 * batch * count_macs(graph.model, graph.inputs)
+        except ConfigurationError:  # of networks that can't be counted; there it stays as published
+            return 1
+        wanted = math.ceil(products / (SHARE * max(1, training)))
+        return max(1, min(wanted, LAZIEST, steps // FEWEST))
+
+    def _producers(self) -> list[tuple[nn.Parameter, int, float]]:
+        """Every weight that produces channels, the dim of its filters, and how many go in the end."""
+        rows: dict[tuple[str, int], float] = {}
+        for name, group in self._groups.items():
+            for member in group.outputs:
+                gone = self._shares.get(name, 0.0) * group.index[member].numel()
+                rows[member] = rows.get(member, 0.0) + gone
+        found = ((self._parameters.get(name), dim, gone) for (name, dim), gone in rows.items())
+        return [(weight, dim, gone) for weight, dim, gone in found if weight is not None and weight.dim() > 1]
 
     def _find_filters(self) -> list[tuple[nn.Parameter, int, Tensor]]:
         """Every weight that produces picked channels, the dim of its filters, and which of them go."""

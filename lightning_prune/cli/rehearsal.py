@@ -45,7 +45,7 @@ class Over(BaseException):
 
 
 @dataclass
-class Outcome:
+class Findings:
     """What came of a script: a preview of its first fit that prunes, or why there is none; neither without such a fit.
 
     Args:
@@ -235,7 +235,7 @@ def _leave_out_(hook: str, trainer: Trainer, pl_module: LightningModule) -> None
 
 
 @contextmanager
-def rehearsing(batches: Sequence[int], variants: Sequence[str] = ("eager",)) -> Iterator[Outcome]:
+def rehearsing(batches: Sequence[int], variants: Sequence[str] = ("eager",)) -> Iterator[Findings]:
     """Every ``Trainer.fit`` in here becomes a rehearsal: on one process, with nothing logged or saved.
 
     Args:
@@ -245,7 +245,7 @@ def rehearsing(batches: Sequence[int], variants: Sequence[str] = ("eager",)) -> 
     Yields:
         What came of it, known before :class:`Over` is raised.
     """
-    found = Outcome()
+    found = Findings()
     make, fit, save = Trainer.__init__, Trainer.fit, Trainer.save_checkpoint
 
     @functools.wraps(make)

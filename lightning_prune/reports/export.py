@@ -19,7 +19,7 @@ from lightning_prune.errors import ConfigurationError, ExportError
 from lightning_prune.reports.exported import Export
 from lightning_prune.reports.files import add_export, read_report
 from lightning_prune.reports.silence import silence
-from lightning_prune.structure.batches import resized
+from lightning_prune.structure.batches import resized, sample_count
 from lightning_prune.structure.replica import arguments, quiet_room, replica, to_device, uncompiled
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -165,10 +165,10 @@ def _inputs_of(model: nn.Module, example_inputs: Any, kwargs: Mapping[str, Any] 
 
 
 def _samples(inputs: Inputs) -> int:
-    sizes = [tensor.shape[0] for tensor in _tensors(inputs) if tensor.dim()]
-    if not sizes:
+    found = sample_count(inputs)
+    if found is None:
         raise ConfigurationError("The example inputs hold no tensor with samples along its first dim.")
-    return sizes[0]
+    return found
 
 
 def _bound(network: nn.Module, inputs: Inputs) -> dict[str, Any]:

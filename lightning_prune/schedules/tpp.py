@@ -30,6 +30,7 @@ class TPPSchedule:
         power: :math:`p`; 1 is linear.
         gram: what the decorrelation's strength is multiplied with.
         zero_every: optimiser steps of the hold between two layers whose channels that will go are set to zero.
+        gram_every: optimiser steps from one decorrelation to the next, which counts as many times as much.
 
     Source: Wang and Fu, Trainability Preserving Neural Pruning, ICLR 2023, arXiv 2207.12534, and its published code.
 
@@ -47,6 +48,7 @@ class TPPSchedule:
     power: float = 1.0
     gram: float = 1000.0
     zero_every: int = 100
+    gram_every: int = 1
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -57,6 +59,7 @@ class TPPSchedule:
         check(self.power > 0, f"power={self.power} must be positive.")
         check(self.gram >= 0, f"gram={self.gram} must be at least 0.")
         check(self.zero_every >= 1, f"zero_every={self.zero_every} must be at least 1 optimiser step.")
+        check(self.gram_every >= 1, f"gram_every={self.gram_every} must be at least 1 optimiser step.")
 
     @property
     def events(self) -> int:
@@ -141,7 +144,7 @@ class TPPSchedule:
         def schedule(ceiling: float) -> TPPSchedule:
             at_once = gram_every * dynamics.learning_rate * ceiling / (1 - dynamics.momentum) if gram_every > 1 else 0.0
             gram = min(cls.gram, 1.0 / (steepness * max(1.0, at_once))) if steepness else cls.gram
-            return cls(ceiling / events, ceiling, every, hold, gram=gram, zero_every=zero_every)
+            return cls(ceiling / events, ceiling, every, hold, gram=gram, zero_every=zero_every, gram_every=gram_every)
 
         least = dynamics.usual if dynamics.decoupled else LEAST
         return schedule(

@@ -1,4 +1,4 @@
-"""The same arguments with another number of samples."""
+"""How many samples arguments hold, and the same arguments with another number of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import ConfigurationError
+
+
+def sample_count(inputs: Any) -> int | None:
+    """How many samples nested arguments hold: the leading dim of the first tensor that has one.
+
+    Args:
+        inputs: tensors in tuples, lists and dicts, beside other values.
+
+    Returns:
+        ``None`` where no tensor has a dim.
+
+    >>> sample_count((("mean", torch.zeros(4, 3)), {}))
+    4
+    """
+    leaves = pytree.tree_leaves(inputs)
+    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
 
 
 def resized(inputs: Any, size: int) -> Any:
@@ -30,10 +46,9 @@ def resized(inputs: Any, size: int) -> Any:
     """
     if size < 1:
         raise ConfigurationError(f"A batch of {size} can't be made; it must be at least 1.")
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not tensors:
+    given = sample_count(inputs)
+    if given is None:
         return inputs
-    given = tensors[0].shape[0]
     if given == 0:
         raise ConfigurationError("The example batch holds no sample; give at least one.")
 

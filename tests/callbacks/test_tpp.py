@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.tpp import TPP
 from lightning_prune.errors import ConfigurationError
+from lightning_prune.schedules import TPPSchedule
 from tests.callbacks.nets import OPTIMIZERS, Classifier, conv_net, feature_loader, image_loader, seeded, trainer
 
 
@@ -90,3 +92,81 @@ def test_a_factor_of_ones_own_is_taken_as_it_is(arguments: dict[str, Any]) -> No
     trainer(regulariser, **{"max_epochs": 2, "min_epochs": 0, **limit}).fit(Watched(seeded(conv_net)), image_loader())
     assert all(factor == pytest.approx(3 * strength) for factor, strength in seen)
     assert seen[-1][0] > 0
+
+
+def wide_net() -> nn.Module:
+    """For a batch of 16 the products of its decorrelation are 16 times what training computes."""
+    return nn.Sequential(nn.Linear(6, 640), nn.ReLU(), nn.Linear(640, 640), nn.ReLU(), nn.Linear(640, 4))
+
+
+class Acts(Classifier):
+    """Sees in which steps the decorrelation acts, and how strongly."""
+
+    def __init__(self, net: nn.Module, regulariser: TPP) -> None:
+        super().__init__(net)
+        self.regulariser = regulariser
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        schedule = self.regulariser._schedule
+        wanted = self.regulariser.strength * schedule.gram
+        self.seen.append(round(self.regulariser._factor / wanted, 6) if wanted else 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps")
+@pytest.mark.parametrize(
+    ("make", "arguments", "every"),
+    [
+        (wide_net, {"epochs": 2}, 3),
+        (wide_net, {"epochs": 2, "gram_every": 1}, 1),
+        (wide_net, {"epochs": 2, "gram_every": 5}, 5),
+        (wide_net, {"schedule": TPPSchedule(0.01, 0.5, 1, 45)}, 1),
+        (wide_net, {"schedule": TPPSchedule(0.01, 0.5, 1, 45, gram_every=2)}, 2),
+        (lambda: nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 4)), {"epochs": 2}, 1),
+    ],
+    ids=["derived", "published", "given", "published schedule", "given schedule", "narrow"],
+)
+def test_a_decorrelation_that_costs_as_much_as_training_is_lazy(
+    make: Any, arguments: dict[str, Any], every: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    regulariser = TPP(0.5, **arguments)
+    module = Acts(seeded(make), regulariser)
+    length = {"max_epochs": 2} if "epochs" in arguments else {"max_epochs": -1, "max_steps": 96}
+    with caplog.at_level(logging.INFO):
+        trainer(regulariser, **length).fit(module, feature_loader(batches=48))
+    assert module.seen[0] == 0
+    assert module.seen[1:] == [every if step % every == 0 else 0.0 for step in range(1, 96)]
+    said = f"would add more than 1% to the multiply-adds of a step; it acts in one step of {every}, {every} times as"
+    assert any(said in message for message in caplog.messages) is (every == 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps", "ignore:Checkpoint directory")
+def test_a_resumed_decorrelation_stays_as_lazy_as_it_was(tmp_path: Any) -> None:
+    regulariser = TPP(0.5, epochs=2)
+    keeper = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    settings: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": True}
+    trainer(regulariser, keeper, **settings).fit(Acts(seeded(wide_net), regulariser), feature_loader(batches=48))
+    again = TPP(0.5, epochs=2)
+    module = Acts(seeded(wide_net), again)
+    path = tmp_path / "epoch=0.ckpt"
+    trainer(again, keeper, **settings).fit(module, feature_loader(batches=48), ckpt_path=path)
+    assert again._schedule == regulariser._schedule
+    assert module.seen == [3.0 if step % 3 == 0 else 0.0 for step in range(48, 96)]
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps")
+def test_a_lazy_decorrelation_takes_its_share_of_the_multiply_adds() -> None:
+    regulariser, found = TPP(0.5, epochs=1), []
+
+    class Asked(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            found.append([regulariser._affordable(steps) for steps in (31, 96, 10_000)])
+
+    net = nn.Sequential(nn.Conv2d(3, 320, 1), nn.ReLU(), nn.Conv2d(320, 320, 3, padding=1), nn.ReLU())
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(320, 4))
+    trainer(regulariser).fit(Asked(nn.Sequential(*net, *head)), image_loader(batches=2, batch_size=64))
+    # 160 of 320 filters of 2880 weights, and of 3; three passes over 64 pictures of 6 x 6
+    products = 160 * (2880 + 3) * (960 - 160)
+    training = 3 * 64 * (36 * 320 * (2880 + 3) + 320 * 4)
+    assert found == [[1, 3, -(-100 * products // training)]] * 2
+    assert 4 < found[0][2] < 16
