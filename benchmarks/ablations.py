@@ -1,6 +1,7 @@
 """Choices by evidence: every option against its alternatives, at equal epochs and equal multiply-adds, over seeds.
 
     python -m benchmarks.ablations --preset digits                            # a quarter of an hour
+    python -m benchmarks.ablations --preset digits --only first_event --seeds 0 1 2 3 4 5 6 7 8
     python -m benchmarks.ablations --preset cpu --root DIR --minutes 60       # CIFAR-10, hours; call it again to go on
     python -m benchmarks.ablations --only coupled same_set --seeds 0 1 2      # some of them
 
@@ -10,6 +11,7 @@ their channels. Accuracies are those of last epochs, never the best: dense, as t
 right after surgery (which the masked network's equals, by the proof), the same with running statistics taken anew from
 1024 training images, finetuned. ``--minutes`` stops at the end of an epoch, and the next call goes on from there;
 ``benchmarks/results/ablations/PRESET.json`` then has what is known, and ``benchmarks.tables`` makes the page of it.
+Other variants and seeds that the file has of the same epochs, precision, share and number of images stay in it.
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim.swa_utils import update_bn
 
-from benchmarks.accuracy import PRESETS, Preset, fit
+from benchmarks.accuracy import fit
 from benchmarks.images import Images
 from benchmarks.machine import machine
+from benchmarks.presets import PRESETS, Preset
 from benchmarks.variants import ABLATIONS, VARIANTS, Stage
 from lightning_prune import StructuralPruning
 
@@ -141,25 +144,35 @@ def short(name: str) -> str:
 
 
 def collect(asked: argparse.Namespace, preset: Preset) -> None:
-    """Join the results into the file that the page is made from."""
+    """Join the results into the file that the page is made from, beside what it has of other variants and seeds."""
     found = [json.loads(path.read_text()) for path in sorted(asked.out.glob("*.json"))]
     rows = [{key: value for key, value in row.items() if key != "layers"} for row in found]
-    order = list(VARIANTS)
-    rows = [row for row in rows if row["variant"] in order and row["seed"] in seeds_of(asked)]
-    rows.sort(key=lambda row: (order.index(row["variant"]), row["seed"]))
-    whole = {
+    setting = {
         "preset": asked.preset,
         "epochs": preset.epochs,
         "precision": preset.precision,
         "ratio": RATIOS[asked.preset],
         "few": asked.few,
         "images": len(data_of(asked, preset).parts[1][1]),
-        "machine": machine("torch", "lightning"),
-        "threads": asked.threads,
-        "rows": rows,
     }
+    here, path = machine("torch", "lightning"), asked.results / f"{asked.preset}.json"
+    measured = {(row["variant"], row["seed"]): row for row in rows if row["seed"] in seeds_of(asked)}
+    joined = {**kept(path, setting, here), **measured}
+    order = list(VARIANTS)
+    names = sorted((who for who in joined if who[0] in order), key=lambda who: (order.index(who[0]), who[1]))
+    whole = {**setting, "machine": here, "threads": asked.threads, "rows": [joined[who] for who in names]}
     asked.results.mkdir(parents=True, exist_ok=True)
-    (asked.results / f"{asked.preset}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def kept(path: Path, setting: dict[str, Any], here: dict[str, str]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows of a file of results, by variant and seed, if it is of the same setting; with their machine, if another."""
+    whole = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    if any(whole.get(key) != value for key, value in json.loads(json.dumps(setting)).items()):
+        return {}
+    rows = ({"machine": whole["machine"], **row} for row in whole["rows"])
+    own = ({key: value for key, value in row.items() if key != "machine" or value != here} for row in rows)
+    return {(row["variant"], row["seed"]): row for row in own}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,17 +2,19 @@
 
     python benchmarks/accuracy.py --preset digits                            # minutes
     python benchmarks/accuracy.py --preset cpu --root DIR --minutes 60       # CIFAR-10; call it again to go on
-    python benchmarks/accuracy.py --preset resnet56 --root DIR --minutes 9 --compile    # the papers' table, on a GPU
-    python benchmarks/accuracy.py --preset cpu --latency                     # dense and slim in turns
-    python benchmarks/accuracy.py --preset cpu --table                       # what is known so far
+    python benchmarks/accuracy.py --preset resnet56 --root DIR --minutes 9 --compile    # on a GPU
+    python benchmarks/accuracy.py --preset cpu --latency                     # of one's own runs, in turns
+    python benchmarks/accuracy.py --preset cpu --table                       # what one's own runs have shown so far
+    python benchmarks/accuracy.py --preset cpu --table --results benchmarks/results/accuracy/cpu    # the committed ones
 
 A run is dense training, the sparse stage and finetuning, each with a cosine cycle of its own; the dense stage is
 trained once per seed and resumed by every method. Magnitude trains on densely instead of a sparse stage, so that all
-have the same number of epochs. ``--minutes`` stops at the end of an epoch; checkpoints lie under ``--out``, and the
-next call goes on from there. Results lie under ``--results``, in ``--out`` by default; from
-``benchmarks/results/accuracy/PRESET`` the page ``docs/benchmarks.md`` is made. Columns are last epochs, never the best:
-dense, before surgery, right after it (which is what the masked network has), finetuned; multiply-adds by fvcore.
-``--root`` holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+have the same number of epochs. The presets for a GPU have the papers' networks and shares of multiply-adds, and one
+recipe for every method. ``--minutes`` stops at the end of an epoch; checkpoints lie under ``--out``, and the next call
+goes on from there. Results lie under ``--results``, in ``--out`` by default, and a run whose result is there is not
+repeated; from ``benchmarks/results/accuracy/PRESET`` the page ``docs/benchmarks.md`` is made. Columns are last epochs,
+never the best: dense, before surgery, right after it (which is what the masked network has), finetuned; multiply-adds
+by fvcore. ``--root`` holds ``cifar-10-batches-py`` or ``cifar-100-python``.
 
 The dense network is kept as ``dense-SEED.safetensors``; ``--dense FILE`` begins the runs with such a file instead of a
 dense stage. On a GPU data and augmentation are there too; ``--compile`` compiles the network, and again after surgery.
@@ -30,7 +32,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.images import Images
-from benchmarks.networks import cifar_resnet, resnet56, vgg19
 from benchmarks.pages import accuracy as page
+from benchmarks.presets import PRESETS, Preset, judged_images
 from benchmarks.speed import time_in_turns
 from lightning_prune import (
     ASCP,
@@ -68,50 +70,6 @@ METHODS: dict[str, type[Any]] = {
     "TPP": TPP,
     "MaskSparsity": MaskSparsity,
     "ASCP": ASCP,
-}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What is trained, and how long.
-
-    Args:
-        data: "digits", "cifar10" or "cifar100".
-        build: makes the network.
-        epochs: of the dense stage, the sparse stage and the finetune stage.
-        learning_rate: at the beginning of the dense stage; of the others a tenth in the papers, here as given.
-        later_rate: at the beginning of the sparse and of the finetune stage.
-        weight_decay: of everything.
-        batch: images.
-        runs: share of the multiply-adds that stays, and the seeds.
-        precision: of the Trainer.
-        compiler: backend of ``torch.compile``; ``None`` runs the network as it is written.
-        dense: file of the network to begin with, where there is no dense stage.
-    """
-
-    data: str
-    build: Callable[[], nn.Module]
-    epochs: tuple[int, int, int]
-    learning_rate: float
-    later_rate: float
-    weight_decay: float
-    batch: int
-    runs: tuple[tuple[float, int], ...]
-    precision: Any = "32-true"
-    compiler: str | None = None
-    dense: str = ""
-
-
-_CPU_RUNS = ((0.5, 0), (0.25, 0), (0.5, 1), (0.5, 2))
-_PAPER_RUNS = ((1 / 2.55, 0), (1 / 11.4, 0), (1 / 3.59, 0), (1 / 1.99, 0))
-PRESETS = {
-    "digits": Preset("digits", lambda: cifar_resnet(1), (12, 12, 12), 0.05, 0.05, 5e-4, 64, _CPU_RUNS),
-    "cpu": Preset("cifar10", lambda: cifar_resnet(1), (6, 6, 6), 0.1, 0.1, 5e-4, 128, _CPU_RUNS, "bf16-mixed"),
-    "resnet56": Preset("cifar10", resnet56, (200, 60, 120), 0.1, 0.01, 5e-4, 128, _PAPER_RUNS, "bf16-mixed"),
-    "resnet110": Preset(
-        "cifar10", lambda: cifar_resnet(18), (200, 60, 120), 0.1, 0.01, 5e-4, 128, ((0.37, 0),), "bf16-mixed"
-    ),
-    "vgg19": Preset("cifar100", vgg19, (200, 60, 120), 0.1, 0.01, 5e-4, 128, ((1 / 8.8, 0),), "bf16-mixed"),
 }
 
 
@@ -245,7 +203,7 @@ def run(asked: argparse.Namespace, preset: Preset, method: str, share: float, se
         "report": json.loads(report.to_json()),
     }
     values |= {"seconds_of_the_last_piece": time.monotonic() - began, "versions": _versions(), "preset": asked.preset}
-    values["precision"] = preset.precision
+    values |= {"precision": preset.precision, "images": judged_images(preset, asked.few)}
     result.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     return True
 
@@ -287,7 +245,8 @@ def _versions() -> dict[str, str]:
 def show(asked: argparse.Namespace) -> None:
     """The tables of the results that are complete."""
     found = [json.loads(path.read_text()) for path in sorted(asked.results.glob("*.json"))]
-    print("\n".join(page.section(asked.preset).body(found)) if found else f"No run of {asked.preset} is complete yet.")
+    nothing = f"No run of {asked.preset} is complete yet in {asked.results}; --results names another folder."
+    print("\n".join(page.section(asked.preset).body(found)) if found else nothing)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,8 @@ the processor for trace, choice and surgery. ``exact`` is the verdict of the tes
 removed set to zero, for the plan at ratio 0.5 and, for this library, for another ratio in every group too.
 Torch-Pruning is told which layers make the network's outputs; it prunes the rest with ``MetaPruner`` at ratio 0.5.
 Seconds are the processor's, of the first run in a process. The table goes to ``benchmarks/results/coverage.json``, line
-by line; what stands there already is not repeated. ``python -m benchmarks.tables`` writes ``docs/coverage.md`` from it.
+by line; what stands there already is not repeated (``--out`` names another file). ``python -m benchmarks.tables``
+writes ``docs/coverage.md`` from it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Accuracy on scikit-learn's digits: GReg and TPP coupled and as published, and two forms of plain L1 for as long.
+"""Accuracy on scikit-learn's digits: the tables of the method cards.
 
-python benchmarks/digits.py                     all rows; each number is the mean (and the worst) of three seeds
-python benchmarks/digits.py l1 greg1-coupled    some of them
+python benchmarks/digits.py                     GReg and TPP, coupled or not, and two forms of plain L1 for as long
+python benchmarks/digits.py l1 greg1-coupled    some of the rows; each number is the mean (and the worst) of three seeds
 python benchmarks/digits.py weights             single weights instead of channels
+python benchmarks/digits.py mask-sparsity       MaskSparsity with one argument or another
+python benchmarks/digits.py ascp
 """
 
 from __future__ import annotations
@@ -11,27 +13,50 @@ import logging
 import statistics
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
 
-from lightning_prune import TPP, GReg1, GReg2, Magnitude, StructuralPruning, choose, prune_, trace
+from lightning_prune import ASCP, TPP, GReg1, GReg2, Magnitude, MaskSparsity, StructuralPruning, choose, prune_, trace
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from classifier import Classifier
 from data import Digits
 
 EPOCHS, RATIO, SEEDS = 12, 0.6, (0, 1, 2)
-METHODS = {"greg1": GReg1, "greg2": GReg2, "magnitude": Magnitude, "tpp": TPP}
-ROWS = (
-    *("l1", "magnitude", "greg1-coupled", "greg1-published", "greg2-coupled", "greg2-published"),
-    *("tpp-coupled", "tpp-published"),
-)
-WEIGHTS, WEIGHT_RATIO = ("magnitude-weights", "greg1-weights", "greg2-weights"), 0.9
-FORMS = {"": {}, "coupled": {"coupled": True}, "published": {"coupled": False}, "weights": {"granularity": "weight"}}
+WEIGHT_RATIO = 0.9
+SINGLE: dict[str, Any] = {"ratio": WEIGHT_RATIO, "granularity": "weight"}
+METHODS: dict[str, Any] = {
+    "magnitude": partial(Magnitude, RATIO),
+    "greg1-coupled": partial(GReg1, RATIO),
+    "greg1-published": partial(GReg1, RATIO, coupled=False),
+    "greg2-coupled": partial(GReg2, RATIO),
+    "greg2-published": partial(GReg2, RATIO, coupled=False),
+    "tpp-coupled": partial(TPP, RATIO),
+    "tpp-published": partial(TPP, RATIO, coupled=False),
+    "ascp": partial(ASCP, RATIO),
+    "mask-sparsity": partial(MaskSparsity, RATIO),
+    "mask-sparsity-global": partial(MaskSparsity, RATIO, global_epochs=3),
+    "mask-sparsity-restart": partial(MaskSparsity, RATIO, global_epochs=3, restart_from="baseline"),
+    "mask-sparsity-budget": partial(MaskSparsity, budget={"macs": 0.4}, global_epochs=3),
+    "mask-sparsity-streams": partial(MaskSparsity, 0.4, scope="all"),
+    "mask-sparsity-no-bias": partial(MaskSparsity, RATIO, penalize_bias=False),
+    "mask-sparsity-constants": partial(MaskSparsity, RATIO, constants="imagenet"),
+    "magnitude-weights": partial(Magnitude, **SINGLE),
+    "greg1-weights": partial(GReg1, **SINGLE),
+    "greg2-weights": partial(GReg2, **SINGLE),
+}
+TABLES = {
+    "": ("l1", "magnitude", *(name for name in METHODS if name.endswith(("-coupled", "-published")))),
+    "weights": tuple(name for name in METHODS if name.endswith("-weights")),
+    "mask-sparsity": tuple(name for name in METHODS if name.startswith("mask-sparsity")),
+}
+"""Rows by what is asked for."""
 COLUMNS = ("dense", "before surgery", "after surgery", "finetuned")
 
 
@@ -64,9 +89,7 @@ def plain_l1(model: LightningModule) -> list[float]:
 
 def in_one_fit(model: LightningModule, row: str) -> list[float]:
     """Dense epochs, as many of the method's stage, surgery, as many to finetune."""
-    name, _, form = row.partition("-")
-    ratio = WEIGHT_RATIO if form == "weights" else RATIO
-    regulariser = METHODS[name](ratio, start=EPOCHS, epochs=EPOCHS, **FORMS[form])
+    regulariser = METHODS[row](start=EPOCHS, epochs=EPOCHS)
     pruning = StructuralPruning(monitor="val_acc", latency_batches=(), report_file=None)
     trainer_of(3 * EPOCHS, regulariser, pruning).fit(model, Digits())
     accuracy = pruning.report.accuracy if pruning.report is not None else {}
@@ -78,12 +101,10 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    single = sys.argv[1:] == ["weights"]
-    what = f"{WEIGHT_RATIO:.0%} of every layer's weights" if single else f"{RATIO:.0%} of the inner channels"
-    table = Table(title=f"Accuracy in percent, {what} removed: mean (worst) of {len(SEEDS)} seeds")
+    table = Table(title=f"Accuracy in percent, mean (worst) of {len(SEEDS)} seeds")
     for header in ("method", "optimiser", *COLUMNS):
         table.add_column(header)
-    for row in WEIGHTS if single else sys.argv[1:] or ROWS:
+    for row in [row for asked in sys.argv[1:] or [""] for row in TABLES.get(asked, (asked,))]:
         for optimizer in ("sgd", "adamw"):
             runs = []
             for seed in SEEDS:

@@ -11,6 +11,8 @@ of the processor, this library runs alone. ``--zoo`` repeats that for every clas
 Peak memory: the largest resident size while an engine works (``VmHWM`` after a reset through ``clear_refs``) minus the
 size before, after a run on a small network, median of three processes; ``planned`` counts trace and choice alone, and
 ``slim`` is what the slim tensors take, which surgery would need if it made them all before it lets a dense one go.
+``peak`` comes after ``planned`` in one process, above what that has left allocated, and so is too low by at most
+``planned``.
 ``surgery``: ``prune_`` on ResNet-50 with SGD and momentum for every parameter, two threads, without the proof.
 """
 

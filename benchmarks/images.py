@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PAD = 4
+VALIDATION = {"digits": 500, "cifar10": 10_000, "cifar100": 10_000}
+"""Images that accuracies are measured on; of CIFAR the test set."""
 
 
 class Images(LightningDataModule):
@@ -98,7 +100,7 @@ def _digits() -> list[tuple[Tensor, Tensor]]:
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images, labels, test_size=500, stratify=labels, random_state=0)
+    parts = train_test_split(images, labels, test_size=VALIDATION["digits"], stratify=labels, random_state=0)
     pixels = [(torch.tensor(part).float() / 8 - 1).view(-1, 1, 8, 8).expand(-1, 3, -1, -1) for part in parts[:2]]
     return list(zip(pixels, [torch.tensor(part).long() for part in parts[2:]], strict=True))
 

@@ -1,4 +1,4 @@
-"""What a method adds to a training step, beside a plain restatement of how the papers' code does it.
+"""What a method adds to a training step, beside a plain restatement in Python loops, as the papers' code has them.
 
     python benchmarks/overhead.py                          # ResNet-56, batch 128, 32 x 32
     python benchmarks/overhead.py --network resnet50       # batch 32, 224 x 224
@@ -106,7 +106,10 @@ class Net(LightningModule):
 
 
 class Loops(Callback):
-    """The same penalties as the papers' code computes them: layer by layer, filter by filter, added to ``.grad``.
+    """Penalties of the same kind as the papers' code computes them: layer by layer, filter by filter, onto ``.grad``.
+
+    They take the weights of every convolution that is not a bottleneck's last or a shortcut's; of MaskSparsity, the
+    norms' scales. ASCP has no published code: its clusters are pulled at every step.
 
     Args:
         kind: name of the method.

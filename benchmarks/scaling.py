@@ -1,8 +1,8 @@
 """How the cost of every stage grows with the network and with the number of ranks.
 
-    python -m benchmarks.scaling                            # a network after the other, then 1, 2 and 4 ranks
-    python -m benchmarks.scaling --models resnet18 vgg11    # some of them; the others keep what they have
-    python -m benchmarks.scaling --plot                     # only the pictures, from the results
+    python -m benchmarks.scaling                               # a network after the other, then 1, 2 and 4 ranks
+    python -m benchmarks.scaling --models resnet18 vgg11_bn    # some of them; the others keep what they have
+    python -m benchmarks.scaling --plot                        # only the pictures, from the results
 
 Every network in a process of its own, one thread, one picture of 224 x 224. *trace*: from the network to its channel
 groups; *proof*: masked and slim network side by side in double precision; *surgery*: with SGD's momentum for every
@@ -11,6 +11,7 @@ an epoch's end there, from the weights to the reconstructed channels. Half of th
 Processor seconds, the least of the repeats, for those are disturbed least.
 
 Ranks: live fits of an 8-layer residual network over gloo; the least of the repeats, of the rank that took longest.
+Surgery there wraps the network in DDP anew.
 """
 
 from __future__ import annotations

@@ -126,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "versions": versions,
             "threads": asked.threads,
             "device": device_name(dense),
+            **{key: getattr(asked, key) for key in ("network", "batch", "side")},
         }
         whole["command"] = " ".join(["benchmarks/speed.py", *(sys.argv[1:] if arguments is None else arguments)])
         asked.out.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")

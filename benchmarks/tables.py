@@ -33,9 +33,13 @@ PARTS: tuple[Section | str, ...] = (
 
 HEAD = """# Benchmarks
 
-Made by `python -m benchmarks.tables` from the JSON files in `benchmarks/results`; no number is typed, and a test makes
-the page again. Each section has the command that repeats it and the device and versions that it ran on. Ties and
-losses are printed as they are.
+Made by `python -m benchmarks.tables` from the JSON files in `benchmarks/results`: tables and verdicts are generated,
+remarks between them are written, and a test makes the page again. Each section has its command, and the device and
+versions that it ran on. Ties and losses are printed as they are. Targets, and what is demanded, are this project's own.
+
+Overhead, accuracy and coverage go on from the results that are there, and pass over what these have. To measure anew,
+call overhead with `--again`, accuracy without `--results` or with a folder of your own there, and coverage with a file
+of your own as `--out`.
 """
 
 

@@ -2,12 +2,12 @@
 
     python benchmarks/trainability.py
 
-MLP-7-Linear (seven linear layers, 100 neurons in each hidden one, nothing between them) on scikit-learn's digits, with
-the optimiser of ``digits.py``; gradients are clipped to a norm of 1, because so deep a product diverges without. Every
-row is one fit of as many epochs: dense training, the sparse stage, surgery, finetuning. L1 trains on densely in the
-sparse stage; OrthP then replaces every kept weight by the Q of its QR decomposition, whose singular values are all 1.
-Without a nonlinearity the Jacobian is the product of the weights, so its mean singular value says how well gradients
-pass. One CPU thread; mean and standard deviation over the seeds, last epochs, never the best ones.
+Seven linear layers with 100 neurons in each hidden one and nothing between them (MLP-7-Linear) on scikit-learn's
+digits, with the optimiser of ``digits.py``; gradients are clipped to a norm of 1, because so deep a product diverges
+without. Every row is one fit of as many epochs: dense training, the sparse stage, surgery, finetuning. L1 trains on
+densely in the sparse stage; OrthP then replaces every kept weight by the Q of its QR decomposition, whose singular
+values are all 1. Without a nonlinearity the Jacobian is the product of the weights, so its mean singular value says how
+well gradients pass. One CPU thread; mean and standard deviation over the seeds, last epochs, never the best ones.
 """
 
 from __future__ import annotations

@@ -324,14 +324,16 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "reduction": Ablation(
         "TPP: `reduction`, `gram`, `gram_every`",
-        "Is the decorrelation a mean over the products, a sum, or left out? At every step, or at every so-manieth, as "
-        "many times as strong?",
+        "Is the decorrelation a mean over the products, a sum, or left out? At every step, or at every k-th, k times "
+        "as strong?",
         *_against("TPP", 'TPP, reduction="sum"', "TPP, gram=0", "TPP, gram_every=4", "TPP, gram_every=16"),
     ),
     "first_event": Ablation(
         "The first event",
         "Does the strength begin with one increment (GReg's code) or with nothing (TPP's)? "
-        "With the derived increments, and with eight large ones.",
+        "With the derived increments, and with eight large ones. All four have constants in steps, whose strength does "
+        "not rise as the learning rate falls, unlike the default GReg1's: their numbers stand beside each other, not "
+        "beside that one's.",
         *_pairs(
             ("GReg1, first event at delta", "GReg1, first event at zero"),
             ("GReg1, 8 events, the first at delta", "GReg1, 8 events, the first at zero"),
@@ -350,7 +352,8 @@ ABLATIONS: dict[str, Ablation] = {
     "masked": Ablation(
         "Masked or global sparsity",
         "Is the pull at the scales that go alone (MaskSparsity), or at all (network slimming)? *Travel*: how far "
-        "the penalty can move a scale.",
+        "the penalty can move a scale. MaskSparsity's rows also have a larger travel, a pull at the biases and a hold "
+        "at zero before surgery, which plain L1 on all scales has not: what they win is not the mask's alone.",
         *_against(
             *("MaskSparsity", "MaskSparsity, global_epochs: half", "L1 on all scales, travel 0.5"),
             *("L1 on all scales, travel 2", "L1 on all scales, strength 5e-4"),

@@ -157,11 +157,13 @@ def test_only_what_is_more_than_chance_counts(tmp_path: Path) -> None:
     found = [
         *rows("TPP", [0.90, 0.92, 0.94]),
         *rows("TPP, gram=0", [0.93, 0.95, 0.97], after=0.4),
-        *rows('TPP, reduction="sum"', [0.91, 0.93, 0.95]),
+        *rows('TPP, reduction="sum"', [0.92, 0.92, 0.95]),
     ]
     (gain,) = choices.beyond(found, ABLATIONS["reduction"], "finetuned", 500)
     assert gain == ("TPP, gram=0", pytest.approx(3.0), "TPP")
-    assert choices.verdict(found, 500).endswith("more than chance: TPP by `TPP, gram=0` (+3.0).")
+    said = choices.verdict(found, 500)
+    assert said.startswith("Of 2 measured comparisons, finetuned: ")
+    assert "by more than chance: 1 (`TPP, gram=0` (+3.0 against TPP)); below: 0 (none). About 0.1 of so many" in said
     single = rows("TPP", [0.9]) + rows("TPP, gram=0", [0.89])  # two standard errors: 2.8 points, or .86
     assert choices.beyond(single, ABLATIONS["reduction"], "finetuned", 1000) == []
     (loss,) = choices.beyond(single, ABLATIONS["reduction"], "finetuned", 10_000)
@@ -180,6 +182,41 @@ def test_only_what_is_more_than_chance_counts(tmp_path: Path) -> None:
     assert "| TPP | 3 | 25.0% | 90.0 ± 0.0 | 80.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 0.0 | 92.0 ± 2.0 |" in text
     assert "6 + 6 + 6 epochs in 32-true, 75% of the inner channels removed; X, 2 threads; torch 2.15.0." in text
     assert "- Right after, more than chance: `TPP, gram=0` (-10.0 against TPP)." in text
+
+
+def test_rows_of_other_variants_and_seeds_stay_where_the_setting_is_the_same(tmp_path: Path) -> None:
+    preset = replace(accuracy.PRESETS["digits"], epochs=(1, 2, 1))
+    asked = argparse.Namespace(preset="digits", seeds=[1], threads=1, out=tmp_path / "runs", results=tmp_path, **FEW)
+    asked.out.mkdir()
+
+    def measured(variant: str, seed: int, finetuned: float) -> None:
+        (row,) = rows(variant, [finetuned])
+        (asked.out / f"{ablations.short(variant)}-{seed}.json").write_text(json.dumps({**row, "seed": seed}))
+
+    def found() -> dict[tuple[str, int], float]:
+        whole = json.loads((tmp_path / "digits.json").read_text())
+        return {(row["variant"], row["seed"]): row["accuracy"]["finetuned"] for row in whole["rows"]}
+
+    measured("TPP", 1, 0.5)
+    ablations.collect(asked, preset)
+    assert found() == {("TPP", 1): 0.5}
+    (asked.out / "TPP-1.json").unlink()
+    measured("GReg1", 1, 0.6)
+    measured("TPP", 2, 0.7)  # of a seed that is not asked for
+    ablations.collect(asked, preset)
+    assert list(found().items()) == [(("GReg1", 1), 0.6), (("TPP", 1), 0.5)]
+    measured("TPP", 1, 0.8)
+    ablations.collect(asked, preset)
+    assert found() == {("GReg1", 1): 0.6, ("TPP", 1): 0.8}
+    whole = json.loads((tmp_path / "digits.json").read_text())
+    assert not any("machine" in row for row in whole["rows"])
+    (tmp_path / "digits.json").write_text(json.dumps({**whole, "machine": {"cpu": "another"}}))
+    (asked.out / "TPP-1.json").unlink()
+    ablations.collect(asked, preset)
+    kept = json.loads((tmp_path / "digits.json").read_text())["rows"]
+    assert [row.get("machine") for row in kept] == [None, {"cpu": "another"}]
+    ablations.collect(asked, replace(preset, epochs=(1, 1, 1)))
+    assert found() == {("GReg1", 1): 0.6}
 
 
 def in_this_process(*arguments: str) -> str:
@@ -234,6 +271,8 @@ def test_exponents_are_slopes_of_the_logarithms() -> None:
     assert noisy[0] == pytest.approx(1.0)
     assert noisy[1] > 0.2
     assert "| proof | 0.1000 | 0.2000 | 2.00 |" in growth.by_ranks(invented(1.0)["ranks"])
+    assert "| proof | 1.0000 | 1.0000 | 1.00 |" in growth.by_ranks(invented(1.0)["ranks"], "clock")
+    assert "takes 1.000, 1.000 s on 1, 2 ranks of one machine (X)" in growth.waiting(invented(1.0))
 
 
 def test_the_same_numbers_draw_the_same_pictures(tmp_path: Path) -> None:

@@ -7,19 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_prune import (
     ASCP,
     TPP,
+    ASCPSchedule,
     Budget,
     GReg1,
+    GReg1Schedule,
     GReg2,
+    GReg2Schedule,
     LoadPruned,
     Magnitude,
     MaskSparsity,
     PruningMonitor,
     StructuralPruning,
+    TPPSchedule,
     choose,
     choose_weights,
     trace,
@@ -114,6 +120,9 @@ def test_what_surgery_takes(wrong: dict[str, Any]) -> None:
         (MaskSparsity, {"ratio": 0.5, "epochs": 4, "global_epochs": None}),
         (MaskSparsity, {"ratio": 0.5, "epochs": 4, "passes": True}),
         (MaskSparsity, {"ratio": 0.5, "epochs": 4, "mask_at": 2}),
+        (MaskSparsity, {"ratio": 0.5, "epochs": None}),
+        (MaskSparsity, {"epochs": 4, "threshold": "0.1"}),
+        (MaskSparsity, {"epochs": 4, "threshold": True}),
         (ASCP, {"ratio": 0.5, "epochs": 2, "pull": "x"}),
         (ASCP, {"ratio": 0.5, "epochs": 2, "recalibrate": None}),
         (Budget, {"macs": True}),
@@ -122,6 +131,62 @@ def test_what_surgery_takes(wrong: dict[str, Any]) -> None:
 def test_the_other_doors(call: Callable[..., Any], wrong: dict[str, Any]) -> None:
     *_, (name, value) = wrong.items()
     assert f"{name}={value!r}" in said(call, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [(ASCP, ASCPSchedule), (GReg1, GReg1Schedule), (GReg2, GReg2Schedule), (TPP, TPPSchedule)]
+)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ASCPSchedule(3),
+        GReg1Schedule(),
+        GReg2Schedule(),
+        TPPSchedule(),
+        GReg1Schedule,
+        {"delta": 0.1},
+        {"epochs": 3},
+        ["cifar"],
+        "mnist",
+        5,
+        0,
+        False,
+        "",
+    ],
+    ids=str,
+)
+def test_each_method_takes_a_schedule_of_its_own_kind_alone(method: Callable[..., Any], kind: Any, wrong: Any) -> None:
+    if isinstance(wrong, kind):
+        assert method(0.5, schedule=wrong).schedule is wrong
+    else:
+        sentence = said(method, ratio=0.5, schedule=wrong)
+        assert f"schedule={wrong!r}" in sentence and kind.__name__ in sentence
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "built"),
+    [
+        ("ASCP", {"epochs": 3}, ASCPSchedule(3)),
+        ("GReg1", {"delta": 0.1, "hold": 3}, GReg1Schedule(delta=0.1, hold=3)),
+        ("GReg2", {"kept": 0.0}, GReg2Schedule(kept=0.0)),
+        ("TPP", {"gram_every": 2}, TPPSchedule(gram_every=2)),
+        ("TPP", "cifar", "cifar"),
+    ],
+)
+def test_a_schedule_in_a_config_file_is_built_before_it_comes_to_the_door(method: str, given: Any, built: Any) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    init_args = {"ratio": 0.5, "schedule": given}
+    config = parser.parse_object({"callback": {"class_path": f"lightning_prune.{method}", "init_args": init_args}})
+    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
+    assert instantiate(config).callback.schedule == built
+
+
+def test_a_schedule_may_be_of_a_kind_derived_from_the_published_one() -> None:
+    class Own(GReg1Schedule):
+        pass
+
+    assert isinstance(GReg1(0.5, schedule=Own(hold=3)).schedule, Own)
 
 
 @pytest.mark.parametrize(

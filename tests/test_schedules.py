@@ -17,9 +17,12 @@ from lightning_prune.schedules import (
     GREG1_IMAGENET,
     GREG2_CIFAR,
     GREG2_IMAGENET,
+    ASCPSchedule,
     Dynamics,
     GReg1Schedule,
     GReg2Schedule,
+    MaskSparsityStrength,
+    TPPSchedule,
 )
 
 SGD = Dynamics(0.05, momentum=0.9)
@@ -149,6 +152,44 @@ def test_constants_out_of_range_are_refused_in_one_line(kind: Any, arguments: di
     with pytest.raises(ConfigurationError) as caught:
         kind(**arguments)
     assert "\n" not in str(caught.value)
+
+
+COUNTED = {
+    GReg1Schedule: ["update_every", "hold", "check_every"],
+    GReg2Schedule: ["update_every", "hold", "check_every"],
+    TPPSchedule: ["update_every", "hold", "zero_every", "gram_every"],
+    ASCPSchedule: ["epochs", "interval"],
+}
+MEASURED = {
+    GReg1Schedule: ["delta", "ceiling", "stop_ratio", "smoothing"],
+    GReg2Schedule: ["pick_delta", "pick_ceiling", "delta", "ceiling", "kept", "stop_ratio", "smoothing"],
+    TPPSchedule: ["delta", "ceiling", "power", "gram"],
+    ASCPSchedule: ["ramp", "early", "reached", "freeze_after"],
+    MaskSparsityStrength: ["strength", "global_strength", "threshold"],
+}
+
+
+def refusal(kind: Any, name: str, value: Any) -> str:
+    needed = {"epochs": 3} if kind is ASCPSchedule else {}
+    with pytest.raises(ConfigurationError) as caught:
+        kind(**{**needed, name: value})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["2", 2.5, 10.0, True, None, [2], math.inf])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in COUNTED.items() for name in names])
+def test_what_counts_must_be_a_whole_number(kind: Any, name: str, value: Any) -> None:
+    assert refusal(kind, name, value) == f"{name}={value!r} must be a whole number."
+
+
+@pytest.mark.parametrize("value", ["0.1", True, [0.1], None, math.inf, math.nan])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in MEASURED.items() for name in names])
+def test_what_measures_must_be_a_finite_number(kind: Any, name: str, value: Any) -> None:
+    if name == "stop_ratio" and value is None:
+        assert kind(stop_ratio=None).stop_ratio is None
+    else:
+        finite = "finite " if isinstance(value, float) else ""
+        assert refusal(kind, name, value) == f"{name}={value!r} must be a {finite}number."
 
 
 def test_a_pick_above_the_ceiling_is_refused() -> None:

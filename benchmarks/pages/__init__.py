@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class Section:
         files: pattern of the results, below ``benchmarks/results``.
         body: the results in the order of their names to lines of Markdown; not asked without any.
         level: of the heading.
+        options: of the command, as the results know them; asked without any, too.
+        remark: behind the command.
     """
 
     title: str
@@ -31,10 +33,13 @@ class Section:
     files: str
     body: Callable[[list[Any]], list[str]]
     level: int = 2
+    options: Callable[[list[Any]], str] = field(default=lambda found: "")
+    remark: str = ""
 
     def lines(self, results: Path = RESULTS) -> list[str]:
         """The section, with the results that there are."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(self.files))]
         measured = self.body(found) if found else ["Not measured yet."]
-        head = ["#" * self.level + f" {self.title}", "", self.about, "", "```", self.command, "```", ""]
+        command = self.command + self.options(found) + (f"    # {self.remark}" if self.remark else "")
+        head = ["#" * self.level + f" {self.title}", "", self.about, "", "```", command, "```", ""]
         return [*head, *measured, ""]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.markdown import on, table
+from benchmarks.markdown import listed, on, table
 from benchmarks.pages import Section
 from benchmarks.scaling import FAMILIES, MODELS, QUANTITIES, STAGES, points, slope
 
@@ -63,16 +63,16 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[str]:
     return text
 
 
-def by_ranks(rows: Sequence[dict[str, Any]]) -> list[str]:
+def by_ranks(rows: Sequence[dict[str, Any]], key: str = "processor") -> list[str]:
     """Seconds of the hand-over, and how much more the most ranks take than one."""
     ranks = sorted({row["ranks"] for row in rows})
     lines = []
     for stage, label in STAGES.items():
-        own = {row["ranks"]: row["processor"] for row in rows if row["stage"] == stage}
+        own = {row["ranks"]: row[key] for row in rows if row["stage"] == stage}
         times = f"{own[ranks[-1]] / own[ranks[0]]:.2f}"
         lines.append((label, *(f"{own[count]:.4f}" for count in ranks), times))
     heads = (f"{count} rank{'s' if count > 1 else ''}" for count in ranks)
-    return table(("processor seconds of the longest rank", *heads, f"{ranks[-1]} ranks : {ranks[0]}"), lines)
+    return table((f"{key} seconds of the longest rank", *heads, f"{ranks[-1]} ranks : {ranks[0]}"), lines)
 
 
 def body(found: Sequence[Any]) -> list[str]:
@@ -81,22 +81,46 @@ def body(found: Sequence[Any]) -> list[str]:
     text = [on(whole["machine"], "1 thread"), "", *costs(whole["rows"]), "", *growth(whole["rows"])]
     missing = [name for name in MODELS if all(row["model"] != name for row in whole["rows"])]
     text += [f"- Not measured yet: {', '.join(missing)}."] if missing else []
-    text += ["", "![Seconds against parameters](images/scaling.svg)", "", *WHY]
+    text += ["", "![Seconds against parameters](images/scaling.svg)", ""]
+    text += [line.format(cheapest=cheapest(whole["rows"], "penalty: MaskSparsity")) for line in WHY]
     if whole["ranks"]:
-        text += ["", "On several ranks, an 8-layer residual network of width 16 under DDP over gloo:", ""]
-        text += [*by_ranks(whole["ranks"]), "", "![Seconds against ranks](images/scaling_ranks.svg)"]
+        text += ["", RANKS, "", *by_ranks(whole["ranks"]), "", *by_ranks(whole["ranks"], "clock"), ""]
+        text += [waiting(whole), "", "![Seconds against ranks](images/scaling_ranks.svg)"]
     return text
 
 
+def waiting(whole: dict[str, Any]) -> str:
+    """The hand-over by the clock, and the machine."""
+    known = {row["ranks"]: row["clock"] for row in whole["ranks"] if row["stage"] == "handover"}
+    seconds, ranks = listed(f"{known[count]:.3f}" for count in sorted(known)), listed(map(str, sorted(known)))
+    return (
+        f"By the clock all of the hand-over takes {seconds} s on {ranks} ranks of one machine "
+        f"({whole['machine']['cpu']}), where the ranks share the cores and wait for each other; the processor's "
+        "seconds do not show that."
+    )
+
+
+def cheapest(rows: Sequence[dict[str, Any]], quantity: str) -> str:
+    """On how many networks a quantity is the least of all."""
+    own = {row["model"]: row["processor"] for row in rows if row["quantity"] == quantity}
+    least = {name: min(row["processor"] for row in rows if row["model"] == name) for name in own}
+    return f"{sum(own[name] <= least[name] for name in own)} of the {len(own)} networks that have it"
+
+
 WHY = (
-    "- In the ResNets trace and surgery go by the number of layers; where layers are as large as in VGG's head, "
+    "- In the ResNets trace and surgery go nearly by the number of layers; where layers are as large as in VGG's head, "
     "surgery goes by their weights.",
     "- MaskSparsity's penalty works on the norms of inner layers alone: one in a block of ResNet-18 and 34, two in a "
-    "block of the deeper ones. It is the cheapest of all.",
+    "block of the deeper ones. It is the least of all quantities on {cheapest}.",
     "- ASCP and TPP multiply filters with filters: per weight as many products as the layer has channels (of TPP: as "
     "many as go). In deeper networks of the same widths that is constant. The layers of VGG's head have 4096 channels: "
     "there these two do grow faster than the parameters, for that is the method.",
     "- A penalty's gradients and what surgery leaves are new tensors, in VGG's head very large ones.",
-    "- Surgery under DDP is paid once in a run, whatever the number of ranks.",
+    "- Surgery under DDP is paid once in a run.",
 )
+
+RANKS = """On several ranks, an 8-layer residual network of width 16 under DDP over gloo. *Pick, agreed on*: the
+method's choice of channels on rank 0, and its way to the others. *Plan, agreed on*: the same of the plan, when surgery
+begins. *Proof*: of every rank. *Surgery*: of network and optimiser, and wrapping the network in DDP anew. *All of the
+hand-over*: what lies between the last step before surgery and the first after it, with all of these but the pick."""
 SECTION = Section("Growth of the costs", ABOUT, COMMAND, "scaling.json", body)

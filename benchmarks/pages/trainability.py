@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.markdown import code, on, spread, table
 from benchmarks.pages import Section
 
-ABOUT = """MLP-7-Linear on scikit-learn's digits, 80 % of the hidden neurons removed: plain L1, L1 with orthogonal
-weights (OrthP), and TPP, each in as many epochs; TPP also without its decorrelation, and with it at every so-manieth
-step only. *JSV*: mean singular value of the Jacobian where the finetune stage begins; mean and standard deviation over
-the seeds, accuracy of the last epoch."""
+ABOUT = """Seven linear layers with nothing between them on scikit-learn's digits, 80 % of the hidden neurons removed:
+plain L1, L1 with orthogonal weights (OrthP), and TPP, each in as many epochs; TPP also without its decorrelation, and
+with it at every k-th step only. *JSV*: mean singular value of the Jacobian where the finetune stage begins; mean and
+standard deviation over the seeds, accuracy of the last epoch. Both demands are this project's own."""
 COMMAND = "python benchmarks/trainability.py --output benchmarks/results/trainability.json"
 HEADERS = ("method", "seeds", "neurons", "JSV", "after surgery, %", "finetuned, %")
 

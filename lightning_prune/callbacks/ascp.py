@@ -129,6 +129,7 @@ class ASCP(Regulariser):
         name: str | None = None,
     ) -> None:
         check((epochs is None) != (schedule is None), "Give exactly one of epochs=... and schedule=....")
+        check(schedule is None or isinstance(schedule, ASCPSchedule), f"schedule={schedule!r} must be an ASCPSchedule.")
         check(rate is None or schedule is None, "A schedule has its own shape; give rate=... with epochs=... only.")
         check(rate is None or rate in SHAPES, f"rate={rate!r} must be one of {', '.join(SHAPES)}.")
         check(cluster in METHODS, f"cluster={cluster!r} must be one of {', '.join(METHODS)}.")
@@ -239,7 +240,7 @@ class ASCP(Regulariser):
         value, gradients = cluster_pull(
             [trained[name] for name in means], list(means.values()), strength=self._strength
         )
-        return Penalty(value, [self._parameters[name] for name in means], gradients)
+        return Penalty(value, [self._parameters[name] for name in means], gradients, fresh=True)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Let clusters that are final move as one."""
@@ -251,9 +252,10 @@ class ASCP(Regulariser):
             gradients[name].copy_(mean)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Remember what the network was called with, in the last epoch."""
+        """Remember what the network was called with in the last epoch: each batch once, however many may step."""
         trainer, _ = self._run()
-        if trainer.current_epoch - self.first_epoch + 1 >= self._rates.epochs:
+        is_last = trainer.current_epoch - self.first_epoch + 1 >= self._rates.epochs
+        if is_last and optimizer is self._keeper:
             self._calls.keep(self.capture.inputs)
 
     def end_epoch(self, finished: int) -> None:

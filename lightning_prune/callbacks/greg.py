@@ -102,7 +102,7 @@ class _GReg(Growing):
             return None
         parameters = [parameter for parameter, _ in pairs]
         value, gradients = weighted_l2(parameters, [strength for _, strength in pairs])
-        return Penalty(value, parameters, gradients)
+        return Penalty(value, parameters, gradients, fresh=True)
 
     def memory(self) -> dict[str, Any]:
         """Running ratios, and which groups stopped at which event."""

@@ -95,10 +95,13 @@ def constants(epochs: int | None, schedule: Any, published: Mapping[str, Any]) -
     """The constants that were asked for, by record or by name; ``None`` where ``epochs`` is given.
 
     Raises:
-        ConfigurationError: not exactly one of both is given, or the name is unknown.
+        ConfigurationError: not exactly one of both is given, the name is unknown, or the record is of another type
+            than the published ones.
     """
     check((epochs is None) != (schedule is None), "Give exactly one of epochs=... and schedule=....")
-    if not isinstance(schedule, str):
+    kind = type(next(iter(published.values())))
+    if schedule is None or isinstance(schedule, kind):
         return schedule
-    check(schedule in published, f"schedule={schedule!r} must be one of {sorted(published)} or a record of constants.")
+    is_known = isinstance(schedule, str) and schedule in published
+    check(is_known, f"schedule={schedule!r} must be one of {sorted(published)} or a {kind.__name__}.")
     return published[schedule]

@@ -15,11 +15,20 @@ from torch.optim import Optimizer
 
 
 class Penalty(NamedTuple):
-    """A penalty's scalar value, the parameters (or what was computed of them) it pulls at, and its gradients there."""
+    """A penalty's scalar value, the parameters (or what was computed of them) it pulls at, and its gradients there.
+
+    Args:
+        value: of the penalty.
+        parameters: that it pulls at.
+        gradients: one per parameter.
+        fresh: whether the gradients were made for this penalty and nobody else holds their memory; they are changed in
+            place then, instead of copied.
+    """
 
     value: Tensor
     parameters: Sequence[Tensor]
     gradients: Sequence[Tensor]
+    fresh: bool = False
 
 
 def uses_loss(trainer: Trainer, pl_module: LightningModule) -> bool:
@@ -37,7 +46,7 @@ def add_to_loss_(loss: Tensor, penalty: Callable[[], Penalty | None], trainer: T
     """Add a penalty to the loss in ``on_before_backward``: as if ``training_step`` had returned it in the sum.
 
     There the loss is already divided by the accumulation factor and, in 16-bit mixed precision, multiplied by the
-    gradient scale; the penalty gets both.
+    gradient scale; the penalty gets both. Second derivatives (``create_graph=True``) don't see it.
 
     Args:
         loss: is changed in place.
@@ -50,7 +59,7 @@ def add_to_loss_(loss: Tensor, penalty: Callable[[], Penalty | None], trainer: T
     if found is None:
         return
     with torch.enable_grad():
-        value = _WithGradients.apply(found.value, tuple(found.gradients), *found.parameters)
+        value = _WithGradients.apply(found.value, tuple(found.gradients), found.fresh, *found.parameters)
         share = value / trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if instead:
@@ -107,8 +116,8 @@ class _WithGradients(torch.autograd.Function):
     """A value whose gradients are known beforehand."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], fresh: bool, *parameters: Tensor) -> Tensor:
+        ctx.gradients, ctx.fresh = gradients, fresh
         return value.clone()
 
     @staticmethod
@@ -116,10 +125,10 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("The penalty's gradients were handed over in the first backward pass; retain its graph.")
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another pass
-            return None, None, *torch._foreach_mul(ctx.gradients, upstream)
+        if not ctx.fresh or torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another pass
+            return None, None, None, *torch._foreach_mul(ctx.gradients, upstream)
         # What nobody else holds is added to in place: as large as the weights, a copy costs as much as the penalty.
         gradients, ctx.gradients = ctx.gradients, None
         if upstream.device.type != "cpu" or upstream != 1:  # elsewhere the question would wait for the device
             torch._foreach_mul_(gradients, upstream)
-        return None, None, *gradients
+        return None, None, None, *gradients

@@ -22,11 +22,11 @@ from lightning_prune.callbacks.masks import doomed_channels, prices_of, rounded,
 from lightning_prune.callbacks.neighbours import average_models
 from lightning_prune.callbacks.restart import read_weights, restart_, weights_of
 from lightning_prune.callbacks.targets import Target, aim, parameters_of, zero_out_
-from lightning_prune.door import check, listed, switch, text, whole
+from lightning_prune.door import check, listed, number, switch, text, whole
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.penalties import masked_l1, soft_threshold_
 from lightning_prune.schedules import MASK_SPARSITY, Dynamics, MaskSparsityStrength
-from lightning_prune.structure import Budget
+from lightning_prune.structure import Budget, Outcome
 from lightning_prune.structure.plan import layer_of, submodule
 
 HOLD = 0.2
@@ -171,7 +171,10 @@ class MaskSparsity(Regulariser):
         text("restart_from", restart_from)
         switch("penalize_bias", penalize_bias)
         switch("fold_constant", fold_constant)
+        whole("epochs", epochs)
         whole("global_epochs", global_epochs)
+        if threshold is not None:
+            number("threshold", threshold)
         check(threshold is None or 0 < threshold < float("inf"), f"threshold={threshold} must be a positive scale.")
         check(threshold is None or not any((ratios or {}).values()), "With threshold=... ratios can only be 0.")
         check(0 <= global_epochs < epochs, f"global_epochs={global_epochs} must lie in [0, {epochs}), below epochs.")
@@ -258,12 +261,26 @@ class MaskSparsity(Regulariser):
 
     def choose(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
         """The channels of smallest scale: as many as the ratios say, all up to the threshold, or within the budget."""
-        if self._chosen is not None:
-            return self._chosen
+        chosen, outcome = self._rank(graph)
+        if outcome is not None:
+            self._note(outcome)
+        return chosen
+
+    def foresee(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
+        """Nothing where a threshold says it: nobody knows yet how small the scales will be."""
+        return {} if self.threshold is not None else self._rank(graph)[0]
+
+    def _pick(self) -> None:
         if self.passes > 1:
             self._emptied, self._zeros = dict(self._picked), None
+        super()._pick()
+
+    def _rank(self, graph: structure.ChannelGraph) -> tuple[Mapping[str, Sequence[int]], Outcome | None]:
+        """Who goes by the scales as they are, and what that comes to where they are ranked for a budget."""
+        if self._chosen is not None:
+            return self._chosen, None
         scales = {name: scales_of(group, self._parameters) for name, group in self._groups.items()}
-        for name, channels in self._emptied.items():
+        for name, channels in self._masked_before().items():
             scales[name][:, list(channels)] = 0  # which they are after the next step: nobody comes back
         if self.budget is not None and self.ranks_all:
             return self._within(self.budget, graph, scales)
@@ -274,11 +291,7 @@ class MaskSparsity(Regulariser):
                 f"{self._label}: {small} of {total} norm scales are at most threshold={self.threshold:g}; choose "
                 f"{'a larger' if small == 0 else 'a smaller'} one, or a ratio."
             )
-        return {name: rounded(self._groups[name], channels, self.multiple) for name, channels in doomed.items()}
-
-    def foresee(self, graph: structure.ChannelGraph) -> Mapping[str, Sequence[int]]:
-        """Nothing where a threshold says it: nobody knows yet how small the scales will be."""
-        return {} if self.threshold is not None else self.choose(graph)
+        return {name: rounded(self._groups[name], channels, self.multiple) for name, channels in doomed.items()}, None
 
     def settled(self) -> bool:
         """As soon as the last mask is made."""
@@ -316,7 +329,7 @@ class MaskSparsity(Regulariser):
             return None
         parameters = [target.parameter for target, _ in pairs]
         value, gradients = masked_l1(parameters, [weight for _, weight in pairs])
-        return Penalty(value, parameters, gradients)
+        return Penalty(value, parameters, gradients, fresh=True)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Soft-threshold under adaptive optimisers; in the hold keep at zero what will go."""
@@ -406,16 +419,21 @@ class MaskSparsity(Regulariser):
 
     def _within(
         self, budget: Budget, graph: structure.ChannelGraph, scales: Mapping[str, Tensor]
-    ) -> dict[str, list[int]]:
+    ) -> tuple[dict[str, list[int]], Outcome]:
         """As few channels as the budget allows, beside those that have a ratio of their own."""
         shares = {name: self._so_far(share) for name, share in self._shares.items()}
         prices = {name: prices_of(each, self.group_rule) for name, each in scales.items()}
         options: Any = {"round_to": self.multiple, "progress": self._progress(), "label": self._label}
         found = spend_together(self._run()[0], graph, budget, shares, self.ratios, prices, **options)
-        self._note(found.outcome)
         gone = {name: self._groups[name].size - kept for name, kept in found.kept.items()}
-        counts = {name: max(count, len(self._emptied.get(name, ()))) for name, count in gone.items()}
-        return {name: sorted(doomed_channels(scales[name], counts[name], None, self.group_rule)) for name in counts}
+        before = self._masked_before()
+        counts = {name: max(count, len(before.get(name, ()))) for name, count in gone.items()}
+        rule = self.group_rule
+        return {name: sorted(doomed_channels(scales[name], counts[name], None, rule)) for name in counts}, found.outcome
+
+    def _masked_before(self) -> Mapping[str, Sequence[int]]:
+        """What an earlier pass has brought to zero, as far as this mask is concerned."""
+        return self._picked if self.passes > 1 else {}
 
     def _so_far(self, gone: float) -> float:
         """Share that goes up to the present pass, where so much goes in all: what is left falls by equal factors."""

@@ -31,8 +31,8 @@ class RecentCalls:
         self._calls: deque[tuple[int, Call]] = deque()
 
     def keep(self, call: Call | None) -> None:
-        """Remember one call; the oldest are dropped."""
-        if call is None or self.samples == 0:
+        """Remember one call; the oldest are dropped, and the latest one is not taken twice."""
+        if call is None or self.samples == 0 or (self._calls and self._calls[-1][1] is call):
             return
         self._calls.append((_count(call), call))
         while len(self._calls) > 1 and sum(count for count, _ in self._calls) > self.samples:
@@ -98,14 +98,15 @@ def _statistics(
 @contextmanager
 def _observing(network: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None]:
     """Running statistics are those of the last batch alone, and nothing is logged; afterwards all is as it was."""
-    speakers = [module for module in network.modules() if isinstance(module, LightningModule)]
+    speakers = [vars(module) for module in network.modules() if isinstance(module, LightningModule)]
+    spoken = [{name: value for name, value in speaker.items() if name == "log"} for speaker in speakers]
     modes = {module: module.training for module in network.modules()}
     before = {
         norm: (norm.momentum, [buffer.clone() for buffer in norm.buffers(recurse=False)]) for norm in norms.values()
     }
     network.eval()
     for speaker in speakers:
-        speaker.log = unheard  # type: ignore[method-assign]  # hides the method
+        speaker["log"] = unheard  # hides the method
     for norm in norms.values():
         norm.train()
         norm.momentum = 1.0  # type: ignore[assignment]  # a norm, whose momentum is a number
@@ -116,8 +117,9 @@ def _observing(network: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None
             norm.momentum = momentum
             for buffer, value in zip(norm.buffers(recurse=False), buffers, strict=True):
                 buffer.copy_(value)
-        for speaker in speakers:
-            del speaker.log  # the method is seen again
+        for speaker, own in zip(speakers, spoken, strict=True):
+            del speaker["log"]  # the method is seen again, unless the module had something of its own there
+            speaker.update(own)
         for module, mode in modes.items():
             module.training = mode
 

@@ -8,15 +8,16 @@ from typing import Any, Literal, final
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune import structure
 from lightning_prune.callbacks.budgeting import refuse_all_but_one
 from lightning_prune.callbacks.growing import Growing, constants
-from lightning_prune.callbacks.inject import Penalty
-from lightning_prune.callbacks.targets import Target, aim, zero_out_
+from lightning_prune.callbacks.inject import Penalty, uses_loss
+from lightning_prune.callbacks.neighbours import average_models
+from lightning_prune.callbacks.targets import Target, aim, parameters_of, zero_out_
 from lightning_prune.door import check, number, switch, whole
 from lightning_prune.errors import ConfigurationError
 from lightning_prune.penalties import gram_decorrelation, spectral_norm, weighted_l2
@@ -24,6 +25,7 @@ from lightning_prune.schedules import TPP_CIFAR, TPP_IMAGENET, Dynamics, TPPSche
 from lightning_prune.structure import Budget
 from lightning_prune.structure.batches import sample_count
 from lightning_prune.structure.counting import count_macs
+from lightning_prune.structure.plan import submodule
 
 SHARE = 0.01
 """Of training's multiply-adds, what the products of a lazy decorrelation come to."""
@@ -67,7 +69,8 @@ class TPP(Growing):
         gram_every: optimiser steps from one decorrelation to the next, which counts as many times as much (lazy
             regularisation). Its products take time proportional to N^2 D for N filters of D weights, whatever the
             batch: a sixth of a step for VGG-19 at 32 x 32. ``None`` leaves it to the schedule: 1 as published; with
-            ``epochs`` as many (at most 16) as keep what they add at a hundredth of training's multiply-adds.
+            ``epochs`` as many (at most 16) as keep what they add at a hundredth of training's multiply-adds, unless
+            ``gram`` is given or gradients are clipped.
         coupled: penalise also what the next layers read from the channels that will go; ``False`` is the published
             form, in which networks without normalisation make up for what shrinks.
         ratios: name patterns to ratios in [0, 1); 0 leaves a layer alone.
@@ -92,6 +95,7 @@ class TPP(Growing):
     needs = "weights that produce channels"
 
     _aimed: list[Target] | None
+    _trained: list[bool]  # of these, which are not frozen
     _shrinking: list[nn.Parameter]
     _masks: list[Tensor]
     _filters: list[tuple[nn.Parameter, int, Tensor]]
@@ -153,7 +157,12 @@ class TPP(Growing):
     def entered(self, trainer: Trainer, dynamics: Dynamics) -> None:
         """Say also where the decorrelation is lazy without having been told to."""
         super().entered(trainer, dynamics)
-        every = self._schedule.gram_every
+        every = self.gram_every or self._schedule.gram_every
+        if every > 1 and self._schedule.length < 2 * every:
+            rank_zero_warn(
+                f"{self._label}: gram_every={every} lets the decorrelation act in fewer than 2 of the "
+                f"{self._schedule.length} optimiser steps; choose a smaller one, or gram=0."
+            )
         if self._constants is None and self.gram_every is None and every > 1:
             rank_zero_info(
                 f"{self._label}: the decorrelation would add more than {SHARE:.0%} to the multiply-adds of a step; it "
@@ -166,14 +175,15 @@ class TPP(Growing):
 
     def reach(self, group: structure.ChannelGroup) -> Sequence[tuple[str, int]]:
         """What produces a channel and scales it; coupled: what reads it, too."""
-        read = () if self.coupled else group.inputs
+        read = set() if self.coupled else {*group.inputs} - {*group.outputs}
         return [member for member in group.members if member not in read]
 
     def update(self, step: int) -> None:
         """Set the strength, and see what there is to penalise where that has changed."""
         self._strength = self._schedule.strength(step) / self.learning_rate_share()
-        if self._aimed is not self._targets:
-            self._aimed = self._targets
+        trained = [target.parameter.requires_grad for target in self._targets]
+        if self._aimed is not self._targets or trained != self._trained:
+            self._aimed, self._trained = self._targets, trained
             aimed = [target for target in self._targets if target.parameter.requires_grad]
             self._shrinking = [target.parameter for target in aimed]
             self._masks = [target.union() for target in aimed]
@@ -196,7 +206,7 @@ class TPP(Growing):
             value = value + other
             for (parameter, dim, _), gradient in zip(self._filters, others, strict=True):
                 pulls[id(parameter)][1].add_(gradient.movedim(0, dim))
-        return Penalty(value, [p for p, _ in pulls.values()], [g for _, g in pulls.values()])
+        return Penalty(value, [p for p, _ in pulls.values()], [g for _, g in pulls.values()], fresh=True)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Set the layers to zero whose time has come; what another optimiser holds waits for that one's step."""
@@ -206,8 +216,11 @@ class TPP(Growing):
             self._zero(self._schedule.zeroed(self._step, layers=len(self._picked)), waits)
 
     def conclude(self) -> None:
-        """Set all layers to zero, whatever has been stepped or skipped."""
+        """Set all layers to zero, whatever has been stepped or skipped, and those of weight averages."""
         self._zero(len(self._picked))
+        for average in average_models(self._run()[0]):
+            twin = submodule(average, self.capture.name or "")
+            zero_out_(aim(self._picked, self._groups, lambda group: group.members, parameters_of(twin)))
 
     def _zero(self, layers: int, waits: Collection[int] = ()) -> None:
         if layers != self._zeroed:
@@ -233,10 +246,12 @@ class TPP(Growing):
         r"""As many as keep the products at their share of multiply-adds, and some decorrelations in short stages.
 
         The products of n of N filters with D weights take :math:`n D (3N - n)` of them, training three times as many as
-        the forward pass.
+        the forward pass. A given g may be as steep as it likes, and a clipped step doesn't make up for those before it:
+        there the decorrelation acts in every step.
         """
-        graph, batch = self.capture.graph, sample_count(self.capture.inputs)
-        if graph is None or not batch or self.gram == 0:
+        graph, batch, trainer = self.capture.graph, sample_count(self.capture.inputs), self._run()[0]
+        is_clipped = bool(trainer.gradient_clip_val) and not self.decoupled
+        if graph is None or not batch or self.gram is not None or is_clipped:
             return 1
         products = sum(gone * (3 - gone / p.shape[dim]) * p.numel() for p, dim, gone in self._producers())
         if products < NOTHING:
@@ -245,7 +260,9 @@ class TPP(Growing):
             training = 3 * batch * count_macs(graph.model, graph.inputs)
         except ConfigurationError:  # of networks that can't be counted; there it stays as published
             return 1
-        wanted = math.ceil(products / (SHARE * max(1, training)))
+        if self.decoupled or not uses_loss(*self._run()):  # once per step, not per batch
+            training *= trainer.accumulate_grad_batches
+        wanted = math.ceil(products / (SHARE * training)) if training else 1
         return max(1, min(wanted, LAZIEST, steps // FEWEST))
 
     def _producers(self) -> list[tuple[nn.Parameter, int, float]]:
@@ -276,6 +293,7 @@ class TPP(Growing):
     def _leave(self) -> None:
         super()._leave()
         self._aimed = None
+        self._trained = []
         self._shrinking = []
         self._masks = []
         self._filters = []

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_prune.schedules.dynamics import check
+from lightning_prune.schedules.dynamics import check, check_finite
 
 SHAPES = ("exp", "linear", "cosine", "poly3", "const")
 """How ASCP's rate can grow."""
@@ -54,6 +54,7 @@ class ASCPSchedule:
     freeze_after: float = 0.9
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check(self.epochs >= 1, f"epochs={self.epochs} must be at least 1.")
         check(self.shape in SHAPES, f"shape={self.shape!r} must be one of {', '.join(SHAPES)}.")
         check(0 < self.ramp <= 1, f"ramp={self.ramp} must lie in (0, 1].")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
 from lightning_prune.errors import ConfigurationError
 
@@ -106,10 +108,24 @@ def find_ceiling(
 
 
 def check_finite(schedule: Any) -> None:
-    """Refuse a record that holds a number which is none."""
-    for field in fields(schedule):
-        value = getattr(schedule, field.name)
-        check(value is None or math.isfinite(value), f"{field.name}={value} must be a finite number.")
+    """Refuse a record that counts in anything but whole numbers, or measures in anything but finite ones."""
+    for name, kinds in _kinds(schedule.__class__).items():
+        value = getattr(schedule, name)
+        if value is None and type(None) in kinds:
+            continue
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if int in kinds:
+            check(is_number and isinstance(value, Integral), f"{name}={value!r} must be a whole number.")
+        elif float in kinds:
+            check(is_number, f"{name}={value!r} must be a number.")
+            check(math.isfinite(value), f"{name}={value} must be a finite number.")
+
+
+@cache
+def _kinds(record: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each field of a record may have."""
+    hints = get_type_hints(record)
+    return {field.name: get_args(hints[field.name]) or (hints[field.name],) for field in fields(record)}
 
 
 def check(condition: bool, message: str) -> None:

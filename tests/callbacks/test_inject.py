@@ -275,7 +275,7 @@ def handed_over(factor: float) -> tuple[Tensor, Tensor]:
     """A loss with a penalty of value 3 and gradient 2, times a factor; and the parameter."""
     parameter = nn.Parameter(torch.ones(4))
     loss = (5 * parameter).sum()
-    penalty = Penalty(torch.tensor(3.0), [parameter], [torch.full((4,), 2.0)])
+    penalty = Penalty(torch.tensor(3.0), [parameter], [torch.full((4,), 2.0)], fresh=True)
     add_to_loss_(loss, lambda: penalty, trainer())
     return factor * loss, parameter
 
@@ -298,8 +298,23 @@ def test_gradients_that_nobody_else_holds_are_handed_over_without_a_copy() -> No
     parameter, gradient = nn.Parameter(torch.ones(4)), torch.full((4,), 2.0)
     place = gradient.data_ptr()
     loss = torch.zeros((), requires_grad=True).clone()
-    found = [Penalty(torch.tensor(3.0), [parameter], [gradient])]
+    found = [Penalty(torch.tensor(3.0), [parameter], [gradient], fresh=True)]
     del gradient
     add_to_loss_(loss, found.pop, trainer())
     loss.backward()
     assert parameter.grad is not None and parameter.grad.data_ptr() == place
+
+
+def test_gradients_that_a_method_keeps_stay_as_they_are() -> None:
+    """Such as a constant one, or the parameter itself, whose half square is penalised."""
+    parameter, kept = nn.Parameter(torch.ones(4)), torch.full((4,), 2.0)
+    for gradient in (kept, parameter.detach()):
+        loss = (5 * parameter).sum()
+        found = [Penalty(torch.tensor(3.0), [parameter], [gradient])]
+        add_to_loss_(loss, found.pop, trainer(accumulate_grad_batches=4))
+        parameter.grad = None
+        loss.backward()
+        assert torch.equal(parameter.grad, 5 + gradient / 4)
+        parameter.grad.zero_()
+    assert torch.equal(kept, torch.full((4,), 2.0))
+    assert torch.equal(parameter.detach(), torch.ones(4))

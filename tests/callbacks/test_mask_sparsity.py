@@ -460,3 +460,21 @@ def test_stages_count_in_optimiser_steps() -> None:
 
 def test_a_dry_run_needs_no_room() -> None:
     fit(MaskSparsity(0.5, epochs=5, start=2), net(), fast_dev_run=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps")
+@pytest.mark.parametrize("arguments", [{"ratio": 0.5}, {"budget": {"params": 0.5}, "global_epochs": 1}])
+def test_looking_ahead_between_passes_changes_nothing(arguments: dict[str, Any]) -> None:
+    def trained(looks: bool) -> list[Tensor]:
+        regulariser = MaskSparsity(epochs=4, passes=2, **arguments)
+
+        class Looks(Classifier):
+            def on_train_batch_end(self, *_: Any) -> None:
+                if looks and regulariser._picked:
+                    regulariser.foreseen()
+
+        module = Looks(seeded(conv_net))
+        trainer(regulariser, max_epochs=4).fit(module, image_loader())
+        return list(module.state_dict().values())
+
+    assert all(map(torch.equal, trained(False), trained(True)))

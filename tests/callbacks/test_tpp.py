@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.tpp import TPP
@@ -170,3 +170,78 @@ def test_a_lazy_decorrelation_takes_its_share_of_the_multiply_adds() -> None:
     training = 3 * 64 * (36 * 320 * (2880 + 3) + 320 * 4)
     assert found == [[1, 3, -(-100 * products // training)]] * 2
     assert 4 < found[0][2] < 16
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps")
+@pytest.mark.parametrize(
+    ("arguments", "settings", "every"),
+    [
+        ({}, {}, 3),
+        ({"gram": 0.5}, {}, 1),  # nobody bounds how steep it is
+        ({}, {"gradient_clip_val": 1.0}, 1),  # a clipped step doesn't make up for those before it
+    ],
+)
+def test_a_decorrelation_that_nothing_bounds_is_not_lazy(
+    arguments: dict[str, Any], settings: dict[str, Any], every: int
+) -> None:
+    regulariser = TPP(0.5, epochs=2, **arguments)
+    module = Classifier(seeded(wide_net))
+    trainer(regulariser, max_epochs=2, **settings).fit(module, feature_loader(batches=48))
+    assert regulariser._schedule.gram_every == every
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps")
+def test_a_decorrelation_that_acts_once_at_most_is_said() -> None:
+    with pytest.warns(UserWarning, match="gram_every=9 lets the decorrelation act in fewer than 2 of the 16"):
+        trainer(TPP(0.5, epochs=2, gram_every=9), max_epochs=2).fit(Classifier(seeded(conv_net)), image_loader())
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps")
+def test_a_layer_that_is_unfrozen_in_the_stage_is_penalised_from_then_on() -> None:
+    class Thaws(Classifier):
+        def on_train_epoch_start(self) -> None:
+            self.net[0].weight.requires_grad_(self.current_epoch > 0)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            counts.append(len(regulariser._shrinking))
+
+    counts: list[int] = []
+    regulariser = TPP(0.5, epochs=2)
+    trainer(regulariser, max_epochs=2).fit(Thaws(seeded(conv_net)), image_loader())
+    assert set(counts[:8]) == {counts[-1] - 1}
+    assert set(counts[8:]) == {counts[-1]}
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps")
+def test_weight_averages_lose_at_surgery_what_the_network_does() -> None:
+    average = EMAWeightAveraging(decay=0.99)
+    regulariser = TPP(0.5, epochs=2)
+    module = Classifier(seeded(conv_net))
+    trainer(regulariser, average, max_epochs=2).fit(module, image_loader())
+    for name, gone in regulariser.removal().items():  # the averages have become the module's weights
+        assert module.net.get_submodule(name).weight[list(gone)].abs().max() == 0
+
+
+class Transposed(nn.Module):
+    """A weight that makes its own inputs out of what it has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 8)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x).relu()
+        logits: Tensor = self.head(nn.functional.linear(hidden, self.inner.weight.t()))
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:.*too few optimiser steps")
+@pytest.mark.parametrize("coupled", [True, False])
+def test_a_weight_that_is_read_back_transposed(coupled: bool) -> None:
+    regulariser = TPP(0.5, epochs=2, coupled=coupled)
+    module = Classifier(seeded(Transposed))
+    trainer(regulariser, max_epochs=2).fit(module, feature_loader())
+    (gone,) = regulariser.removal().values()
+    assert module.net.inner.weight[list(gone)].abs().max() == 0
