@@ -157,7 +157,7 @@ class TPP(Growing):
     def entered(self, trainer: Trainer, dynamics: Dynamics) -> None:
         """Say also where the decorrelation is lazy without having been told to."""
         super().entered(trainer, dynamics)
-        every = self.gram_every or self._schedule.gram_every
+        every = self._every
         if every > 1 and self._schedule.length < 2 * every:
             rank_zero_warn(
                 f"{self._label}: gram_every={every} lets the decorrelation act in fewer than 2 of the "
@@ -188,8 +188,7 @@ class TPP(Growing):
             self._shrinking = [target.parameter for target in aimed]
             self._masks = [target.union() for target in aimed]
             self._filters = self._find_filters()
-        every = self.gram_every or self._schedule.gram_every
-        lazily = 0 if step % every else every
+        lazily = 0 if step % self._every else self._every
         self._factor = lazily * self._strength * (self._schedule.gram if self.gram is None else self.gram)
 
     def penalty(self) -> Penalty | None:
@@ -238,6 +237,11 @@ class TPP(Growing):
             found.append(4 * spectral_norm(weight).square() / count)
         return self.agreed(lambda: float(torch.stack(found).max())) if found else None
 
+    @property
+    def _every(self) -> int:
+        """Optimiser steps from one decorrelation to the next: the given ones, or the schedule's."""
+        return int(self.gram_every or self._schedule.gram_every)
+
     def _interval(self, steps: int) -> int:
         """Optimiser steps from one decorrelation to the next."""
         return self.agreed(lambda: self._affordable(steps)) if self._producers() else 1
@@ -249,7 +253,7 @@ class TPP(Growing):
         the forward pass. A given g may be as steep as it likes, and a clipped step doesn't make up for those before it:
         there the decorrelation acts in every step.
         """
-        graph, batch, trainer = self.capture.graph, sample_count(self.capture.inputs), self._run()[0]
+        graph, batch, (trainer, pl_module) = self.capture.graph, sample_count(self.capture.inputs), self._run()
         is_clipped = bool(trainer.gradient_clip_val) and not self.decoupled
         if graph is None or not batch or self.gram is not None or is_clipped:
             return 1
@@ -260,7 +264,7 @@ class TPP(Growing):
             training = 3 * batch * count_macs(graph.model, graph.inputs)
         except ConfigurationError:  # of networks that can't be counted; there it stays as published
             return 1
-        if self.decoupled or not uses_loss(*self._run()):  # once per step, not per batch
+        if self.decoupled or not uses_loss(trainer, pl_module):  # once per step, not per batch
             training *= trainer.accumulate_grad_batches
         wanted = math.ceil(products / (SHARE * training)) if training else 1
         return max(1, min(wanted, LAZIEST, steps // FEWEST))
