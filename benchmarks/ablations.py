@@ -1,7 +1,7 @@
 """Choices by evidence: every option against its alternatives, at equal epochs and equal multiply-adds, over seeds.
 
     python -m benchmarks.ablations --preset digits                            # a quarter of an hour
-    python -m benchmarks.ablations --preset digits --only first_event --seeds 0 1 2 3 4 5 6 7 8
+    python -m benchmarks.ablations --preset digits --only finish schedules --seeds 0 1 2 3 4 5 6 7 8
     python -m benchmarks.ablations --preset cpu --root DIR --minutes 60       # CIFAR-10, hours; call it again to go on
     python -m benchmarks.ablations --only coupled same_set --seeds 0 1 2      # some of them
 

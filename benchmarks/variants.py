@@ -251,8 +251,9 @@ VARIANTS: dict[str, Variant] = {
     "L1 on all scales, travel 2": slimming(2.0),
     "L1 on all scales, strength 5e-4": slimming(0.0),
     "ASCP": on(ASCP),
-    'ASCP, finish="centripetal"': on(ASCP, finish="centripetal"),
+    'ASCP, finish="plain"': on(ASCP, finish="plain"),
     "ASCP, pull=0.3": on(ASCP, pull=0.3),
+    'ASCP, finish="plain", pull=0.3': on(ASCP, finish="plain", pull=0.3),
     'ASCP, representative="medoid"': on(ASCP, representative="medoid"),
     "ASCP, recalibrate=0": on(ASCP, recalibrate=0),
     'ASCP, rate="cosine"': on(ASCP, rate="cosine"),
@@ -319,7 +320,8 @@ ABLATIONS: dict[str, Ablation] = {
         "ASCP: `finish`, `pull`, `representative`",
         "Do channels part again between reconstructions, and what stands for a cluster?",
         *_against(
-            *("ASCP", 'ASCP, finish="centripetal"', "ASCP, pull=0.3", 'ASCP, representative="medoid"'),
+            *("ASCP", 'ASCP, finish="plain"', "ASCP, pull=0.3", 'ASCP, finish="plain", pull=0.3'),
+            'ASCP, representative="medoid"',
         ),
     ),
     "reduction": Ablation(

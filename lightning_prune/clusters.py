@@ -257,13 +257,47 @@ def average(weight: Tensor, labels: Tensor) -> Tensor:
             [0., 1.],
             [2., 2.]])
     """
-    channels = weight.shape[0]
-    rows = weight.detach().reshape(channels, -1)
+    rows = weight.detach().reshape(weight.shape[0], -1)
+    means = cluster_means(rows, labels, *first_members(labels, weight.shape[0]))
+    return means.index_select(0, labels).reshape(weight.shape).to(weight.dtype)
+
+
+def first_members(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """The first member of each cluster and how many it has: row 0 and at least 1 of an empty one.
+
+    Args:
+        labels: shape ``(n,)``.
+        clusters: ``K``, more than the largest label.
+
+    Returns:
+        Two integer tensors of shape ``(K,)``.
+
+    >>> first_members(torch.tensor([1, 0, 1, 1]), 3)
+    (tensor([1, 0, 0]), tensor([1, 3, 1]))
+    """
+    counts = _per_cluster(torch.ones_like(labels).unsqueeze(0), labels.unsqueeze(0), clusters, "sum")[0]
+    index = torch.arange(len(labels), device=labels.device)
+    first = _per_cluster(index.unsqueeze(0), labels.unsqueeze(0), clusters, "amin")[0]
+    return first.where(counts > 0, 0), counts.clamp_(min=1)
+
+
+def cluster_means(rows: Tensor, labels: Tensor, first: Tensor, counts: Tensor) -> Tensor:
+    """The mean of each cluster's rows, taken relative to the first: that of equal rows is that row, bit for bit.
+
+    Args:
+        rows: shape ``(n, d)``.
+        labels: shape ``(n,)``.
+        first: a row of each cluster, ``(K,)``; see :func:`first_members`.
+        counts: how many rows each has, ``(K,)``.
+
+    Returns:
+        Shape ``(K, d)``, in float32 or wider.
+    """
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    first = rows[representatives(labels)]
-    counts = _add_rows(torch.ones_like(rows[:, :1]), labels, channels).clamp_(min=1)
-    shift = _add_rows(rows - first, labels, channels).div_(counts)
-    return first.add_(shift[labels]).reshape(weight.shape).to(weight.dtype)
+    base = rows.index_select(0, first)
+    apart = base.index_select(0, labels)
+    torch.sub(rows, apart, out=apart)  # into memory that is there: fresh pages cost more than the sums
+    return base.add_(_add_rows(apart, labels, len(first)).div_(counts.unsqueeze(1)))
 
 
 @torch.no_grad()

@@ -204,8 +204,8 @@ SINGLE: dict[str, Any] = {"net": with_frozen_head, "left": densities, "finetune"
 
 SETTINGS = {
     "ascp": Setting(ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5}, apart, exact=True),
-    "ascp, centripetal": Setting(
-        ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5, "finish": "centripetal"}, apart, exact=True
+    "ascp, plain": Setting(
+        ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5, "finish": "plain"}, apart, exact=True
     ),
     "ascp without a pull": Setting(ASCP, {"schedule": LATE, "cluster": "ward"}, exact=True),
     "ascp, by a budget": Setting(

@@ -161,6 +161,14 @@ def test_what_an_epochs_end_costs_is_spread_over_its_steps() -> None:
     assert overhead.verdict([{**slow, "target": 1.03}], "ours", "whole step").endswith("target: ASCP; above: none.")
 
 
+def test_final_clusters_count_for_a_quarter() -> None:
+    free = {"method": "ASCP", "own": [1.0, 1.002, 1.004], "epoch_end": 0.002}
+    final = {"method": "ASCP, final clusters", "own": [1.01, 1.02, 1.03]}
+    (said,) = overhead.over_a_stage([free, final])
+    assert "final clusters: 1.0080," in said
+    assert overhead.over_a_stage([free]) == []
+
+
 def test_a_noisy_row_is_not_judged() -> None:
     row = {"method": "GReg1", "target": 1.01, "ours": [0.95, 0.99, 1.03], "own": [1.004, 1.005, 1.006]}
     said = overhead.verdict([row], "ours", "whole step")

@@ -17,8 +17,8 @@ from lightning_prune.callbacks.base import Regulariser
 from lightning_prune.callbacks.budgeting import refuse_all_but_one
 from lightning_prune.callbacks.inject import Penalty
 from lightning_prune.callbacks.likeness import (
+    Averaging,
     average_state_,
-    averages,
     cluster,
     make_alike_,
     nearest_members,
@@ -70,14 +70,15 @@ class ASCP(Regulariser):
         budget: instead of ``ratio`` what may be left of the network, such as ``{"macs": 0.5}``; see
             :class:`~lightning_prune.Budget`.
         epochs: length of the soft stage; rate and freeze are derived for it.
-        schedule: instead of ``epochs`` a record of constants; ``ASCPSchedule(200)`` is the published form.
+        schedule: instead of ``epochs`` a record of constants; ``ASCPSchedule(200)`` with
+            ``finish="plain"`` is the published form.
         rate: shape of the growing rate, where ``epochs`` is given; ``None`` is the published ``"exp"``.
         cluster: ``"kmeans"``, ``"ward"`` (nested partitions), or one that looks at no weight, for comparison:
             ``"even"``, ``"imbalanced"``, ``"random"``.
         representative: ``"mean"``, or ``"medoid"`` to copy the member nearest to it.
         pull: strength of the pull of each channel towards its cluster's mean between reconstructions; 0 is none.
-        finish: ``"plain"`` lets channels part again between reconstructions; ``"centripetal"`` averages gradients
-            within clusters as soon as the partition is final, so that they stay alike.
+        finish: ``"centripetal"`` averages gradients within clusters as soon as the partition is final, so that channels
+            stay alike and the last reconstruction has nothing to take back; ``"plain"`` lets them part again.
         recalibrate: samples of the last epoch from which running statistics of batch normalisation are taken anew
             after the last reconstruction; the batches are kept in memory during that epoch, and in checkpoints that are
             written in it. 0 takes none.
@@ -103,6 +104,7 @@ class ASCP(Regulariser):
     needs = "channels that can be merged"
 
     _labels: dict[str, Tensor]
+    _averaging: Averaging | None
     _copied: dict[str, Tensor]
     _calls: RecentCalls
     _resumed: list[Any]
@@ -118,7 +120,7 @@ class ASCP(Regulariser):
         cluster: Literal["kmeans", "ward", "even", "imbalanced", "random"] = "kmeans",
         representative: Literal["mean", "medoid"] = "mean",
         pull: float = 0.0,
-        finish: Literal["plain", "centripetal"] = "plain",
+        finish: Literal["centripetal", "plain"] = "centripetal",
         recalibrate: int = 1024,
         ratios: Mapping[str, float] | None = None,
         ignore: Sequence[str] = (),
@@ -136,7 +138,7 @@ class ASCP(Regulariser):
         check(representative in ("mean", "medoid"), f"representative={representative!r} must be 'mean' or 'medoid'.")
         number("pull", pull)
         check(0 <= pull < float("inf"), f"pull={pull} must be a finite number of at least 0.")
-        check(finish in ("plain", "centripetal"), f"finish={finish!r} must be 'plain' or 'centripetal'.")
+        check(finish in ("centripetal", "plain"), f"finish={finish!r} must be 'centripetal' or 'plain'.")
         whole("recalibrate", recalibrate, least=0)
         refuse_all_but_one(ratio=ratio, budget=budget)
         super().__init__(
@@ -211,13 +213,13 @@ class ASCP(Regulariser):
 
     def left(self) -> Tensor:
         """Squared distance of the channels to their clusters' means: nothing right after a reconstruction."""
-        means = self._means({name: p.detach() for name, p in self._parameters.items()})
+        means = self._averages().means({name: p.detach() for name, p in self._parameters.items()})
         apart = torch._foreach_sub([self._parameters[name].detach() for name in means], list(means.values()))
         return _square(apart)
 
     def apart(self) -> Tensor | None:
         """Size of the channels over their distance to their clusters' means, in the median tensor."""
-        means = self._means({name: p.detach() for name, p in self._parameters.items()})
+        means = self._averages().means({name: p.detach() for name, p in self._parameters.items()})
         if not means:
             return None
         whole = [self._parameters[name].detach() for name in means]
@@ -234,7 +236,7 @@ class ASCP(Regulariser):
     def penalty(self) -> Penalty | None:
         """The pull of every channel to its cluster's mean; nothing before the first reconstruction."""
         trained = {name: p.detach() for name, p in self._parameters.items() if p.requires_grad}
-        means = self._means(trained) if self._strength and not self.ready else {}
+        means = self._averages().means(trained) if self._strength and not self.ready else {}
         if not means:
             return None
         value, gradients = cluster_pull(
@@ -248,8 +250,7 @@ class ASCP(Regulariser):
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None and id(p) in held}
-        for name, mean in self._means(gradients).items():
-            gradients[name].copy_(mean)
+        self._averages().average_(gradients)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Remember what the network was called with in the last epoch: each batch once, however many may step."""
@@ -271,7 +272,7 @@ class ASCP(Regulariser):
         self._make_alike(tensors)
         if is_final and self.finish == "centripetal":
             trainer, _ = self._run()
-            average_state_(trainer.optimizers, self._parameters, list(self._groups.values()), self._labels)
+            average_state_(trainer.optimizers, self._parameters, self._averages())
         self._tell(before)
 
     def conclude(self) -> None:
@@ -282,9 +283,7 @@ class ASCP(Regulariser):
             self._make_alike(named_tensors(submodule(twin, self.capture.name or "")))
         recalibrate_(trainer, network, self._calls)
         self._calls.clear()
-        buffers = dict(network.named_buffers())
-        for name, mean in self._means(buffers).items():
-            buffers[name].copy_(mean)
+        self._averages().average_(dict(network.named_buffers()))
 
     # The checkpoint.
 
@@ -295,7 +294,7 @@ class ASCP(Regulariser):
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Take over what :meth:`memory` had saved."""
-        self._labels = dict(memory["labels"])
+        self._labels, self._averaging = dict(memory["labels"]), None
         self._resumed = list(memory["calls"])
 
     # The machinery.
@@ -319,6 +318,7 @@ class ASCP(Regulariser):
             {name: torch.tensor(value, device=similar[name].device) for name, value in part.items()}
             for part in self.agreed(lambda: plain)
         )
+        self._averaging = None
         return copied
 
     def _count(self, name: str, epoch: int) -> int:
@@ -330,8 +330,11 @@ class ASCP(Regulariser):
         for name, labels in self._labels.items():
             make_alike_(tensors, self._groups[name], labels, self._copied.get(name))
 
-    def _means(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return averages(self._groups.values(), self._labels, values)
+    def _averages(self) -> Averaging:
+        """Of the partition as it is."""
+        if self._averaging is None:
+            self._averaging = Averaging(self._groups.values(), self._labels)
+        return self._averaging
 
     def _tell(self, before: Mapping[str, Tensor]) -> None:
         """Log how much the partition has changed, and which share of the channels is one of a kind."""
@@ -362,6 +365,7 @@ class ASCP(Regulariser):
 
     def _leave(self) -> None:
         super()._leave()
+        self._averaging = None
         self._copied = {}
         self._calls = RecentCalls(0)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.clusters import average, features, gram, medoids, partition, reconstruct
+from lightning_prune.clusters import cluster_means, features, first_members, gram, medoids, partition, reconstruct
 from lightning_prune.structure import ChannelGroup
 
 Partition = Mapping[str, Tensor]
@@ -18,6 +18,10 @@ Partition = Mapping[str, Tensor]
 TOGETHER = 2**26
 """Most inner products that are clustered in one call: all of a convolutional network's, four layers of 4096 channels,
 which with what k-means needs beside them are a gigabyte and a half."""
+
+JOINED = 2**20
+"""About how many numbers are averaged in one call: enough for one call per shape of a small network's layers, and
+little enough to stay in a processor's cache."""
 
 
 def own_members(group: ChannelGroup) -> tuple[tuple[str, int], ...]:
@@ -79,10 +83,10 @@ def make_alike_(
     """
     for name, dim in own_members(group):
         if tensors[name].is_floating_point():
-            tensor = tensors[name]
-            own = labels.to(tensor.device)
-            picked = None if nearest is None else nearest.to(tensor.device)
-            tensor.copy_(_changed(tensor, group, dim, name, lambda rows: reconstruct(rows, own, medoids=picked)))  # noqa: B023
+            rows = tensors[name].detach().movedim(dim, 0)
+            index, own = _rows(group, (name, dim), rows), labels.to(rows.device)
+            picked = None if nearest is None else nearest.to(rows.device)
+            rows[index] = reconstruct(rows[index], own, medoids=picked)
 
 
 def nearest_members(similar: Tensor, labels: Tensor) -> Tensor:
@@ -90,51 +94,106 @@ def nearest_members(similar: Tensor, labels: Tensor) -> Tensor:
     return medoids(similar.unsqueeze(0), labels.to(similar.device).unsqueeze(0))[0]
 
 
-@torch.no_grad()
-def averages(groups: Iterable[ChannelGroup], labels: Partition, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The cluster means of tensors: parameters, buffers, or what has their shapes, such as gradients and momenta.
+class Averaging:
+    """Takes cluster means of many tensors at once, in every step: those with rows of one length in one call.
+
+    What depends on the partition alone is worked out once for each set of tensors, so that no call waits for a device.
 
     Args:
         groups: whose channels.
         labels: their clusters.
-        values: by the names of parameters and buffers.
-
-    Returns:
-        New tensors for those names that run along one of the groups.
     """
-    found: dict[str, Tensor] = {}
-    for group in groups:
-        for name, dim in own_members(group) if group.name in labels else ():
-            if name in values and values[name].is_floating_point():
-                value = found.get(name, values[name])
-                own = labels[group.name].to(value.device)
-                found[name] = _changed(value, group, dim, name, lambda rows: average(rows, own))  # noqa: B023
-    return found
+
+    def __init__(self, groups: Iterable[ChannelGroup], labels: Partition) -> None:
+        self._groups = [group for group in groups if group.name in labels]
+        self._labels = {name: own.cpu() for name, own in labels.items()}
+        self._names = list(dict.fromkeys(name for group in self._groups for name, _ in own_members(group)))
+        self._tables: dict[tuple[Any, ...], list[_Rows]] = {}
+
+    @torch.no_grad()
+    def average_(self, values: Mapping[str, Tensor]) -> None:
+        """Replace the channels of each cluster by their mean, in place.
+
+        Args:
+            values: parameters and buffers by name, or what has their shapes, such as gradients and momenta.
+        """
+        known = {name: values[name] for name in self._names if name in values and values[name].is_floating_point()}
+        key = tuple((name, value.dtype, value.device) for name, value in known.items())
+        if key not in self._tables:
+            self._tables[key] = self._tabulate(known)
+        for table in self._tables[key]:
+            views = [known[name].detach().movedim(dim, 0) for name, dim in table.members]
+            flat = [view.reshape(len(view), -1) for view in views]
+            rows = flat[0] if len(flat) == 1 else torch.cat(flat)
+            shared = rows.index_select(0, table.shared)
+            means = cluster_means(shared, table.labels, table.first, table.counts)
+            rows.index_copy_(0, table.shared, means.index_select(0, table.labels).to(rows.dtype))
+            if rows.data_ptr() != views[0].data_ptr():  # it is a copy of them
+                parts = rows.split([len(view) for view in views])
+                torch._foreach_copy_(views, [part.view(view.shape) for part, view in zip(parts, views, strict=True)])
+
+    def means(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New tensors for those names that run along one of the groups; see :meth:`average_`."""
+        found = {name: values[name].detach().clone() for name in self._names if name in values}
+        found = {name: value for name, value in found.items() if value.is_floating_point()}
+        self.average_(found)
+        return found
+
+    def _tabulate(self, values: Mapping[str, Tensor]) -> list[_Rows]:
+        """The rows that are not alone in their cluster, of tensors that can be joined; a tensor's other dims later."""
+        joined: dict[tuple[Any, ...], list[tuple[ChannelGroup, str, int]]] = {}
+        turns: dict[str, int] = {}
+        filled: dict[tuple[Any, ...], int] = {}
+        for group in self._groups:
+            for name, dim in own_members(group):
+                if name in values:
+                    value = values[name]
+                    turns[name] = turns.get(name, -1) + 1
+                    kind = (turns[name], value.numel() // value.shape[dim], value.dtype, value.device)
+                    filled[kind] = filled.get(kind, 0) + value.numel()
+                    joined.setdefault((*kind, filled[kind] // JOINED), []).append((group, name, dim))
+        tables = []
+        for kind in sorted(joined, key=lambda kind: kind[0]):
+            rows, labels, below, clusters = [], [], 0, 0
+            for group, name, dim in joined[kind]:
+                index = group.index[name, dim]
+                own = self._labels[group.name].unsqueeze(1) * index.shape[1] + torch.arange(index.shape[1])
+                rows.append(index.flatten() + below)
+                labels.append(own.flatten() + clusters)
+                below, clusters = below + values[name].shape[dim], clusters + index.numel()
+            every, where = torch.cat(labels), torch.cat(rows)
+            is_shared = every.bincount()[every] > 1
+            own = every[is_shared].unique(return_inverse=True)[1]
+            if len(own):
+                parts = (where[is_shared], own, *first_members(own, int(own.max()) + 1))
+                names = tuple((name, dim) for _, name, dim in joined[kind])
+                tables.append(_Rows(names, *(part.to(kind[3]) for part in parts)))
+        return tables
+
+
+class _Rows(NamedTuple):
+    """Tensors joined row by row, and which rows of that share a cluster with others."""
+
+    members: tuple[tuple[str, int], ...]
+    shared: Tensor
+    labels: Tensor
+    first: Tensor
+    counts: Tensor
 
 
 @torch.no_grad()
 def average_state_(
-    optimizers: Sequence[Optimizer],
-    parameters: Mapping[str, nn.Parameter],
-    groups: Sequence[ChannelGroup],
-    labels: Partition,
+    optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter], averaging: Averaging
 ) -> None:
     """Give the channels of one cluster one optimiser state: everything in it of a parameter's shape is averaged."""
     for optimizer in optimizers:
+        found: dict[str, dict[str, Tensor]] = {}
         for name, parameter in parameters.items():
-            for value in (optimizer.state.get(parameter) or {}).values():
+            for key, value in (optimizer.state.get(parameter) or {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-                    for mean in averages(groups, labels, {name: value}).values():
-                        value.copy_(mean)
-
-
-def _changed(tensor: Tensor, group: ChannelGroup, dim: int, name: str, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A copy of a tensor in which a group's channels along one dim are changed."""
-    rows = tensor.detach().movedim(dim, 0)
-    index = _rows(group, (name, dim), tensor)
-    out = rows.clone()
-    out[index] = change(rows[index])
-    return out.movedim(0, dim)
+                    found.setdefault(key, {})[name] = value
+        for values in found.values():
+            averaging.average_(values)
 
 
 def _rows(group: ChannelGroup, member: tuple[str, int], tensor: Tensor) -> Tensor:

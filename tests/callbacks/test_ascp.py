@@ -22,7 +22,7 @@ from lightning_prune.callbacks.structural import StructuralPruning
 from lightning_prune.clusters import average, gram, partition
 from lightning_prune.errors import ConfigurationError, PlanError
 from lightning_prune.schedules import ASCPSchedule
-from lightning_prune.structure import kept_channels, prune_, trace
+from lightning_prune.structure import ChannelGroup, kept_channels, prune_, trace
 from tests.callbacks.nets import (
     OPTIMIZERS,
     Classifier,
@@ -36,7 +36,8 @@ from tests.callbacks.nets import (
 from tests.callbacks.slimming import Residual, assert_equal, weights
 
 EITHER_OPTIMIZER = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-EITHER_FINISH = pytest.mark.parametrize("finish", ["plain", "centripetal"])
+EITHER_FINISH = pytest.mark.parametrize("finish", ["centripetal", "plain"])
+TWO_SHAPES = {"weight": (3, 3, 3), "bias": ()}
 PARTIAL = "ignore:Be aware that when using `ckpt_path`"
 
 
@@ -83,15 +84,18 @@ def fit(
 
 
 @EITHER_OPTIMIZER
+@EITHER_FINISH
 @pytest.mark.parametrize("rate", ["exp", "linear", "cosine", "poly3", "const"])
-def test_every_epoch_ends_with_as_many_filters_as_the_rate_says(rate: Any, optimizer: str) -> None:
-    method = ASCP(0.6, start=1, epochs=5, rate=rate)
+def test_every_epoch_ends_with_as_many_filters_as_the_rate_says(rate: Any, finish: Any, optimizer: str) -> None:
+    method = ASCP(0.6, start=1, epochs=5, rate=rate, finish=finish)
     look = fit(method, seeded(conv_net), optimizer, max_epochs=7)
     schedule = ASCPSchedule(5, rate, ramp=0.75, freeze_after=0.75)
     counts = [schedule.clusters(epoch, 8, 0.6, final=3) for epoch in range(1, 6)]
     for name in ("0.weight", "3.weight"):
-        assert [distinct(state[name]) for state in look.ended] == [8, *counts, 8]
-        assert all(distinct(state[name]) == 8 for index, state in enumerate(look.begun) if index % 4)
+        assert [distinct(state[name]) for state in look.ended] == [8, *counts, 3 if finish == "centripetal" else 8]
+        final = len(look.begun) if finish == "plain" else 4 * (1 + schedule.freeze_epoch)
+        assert all(distinct(state[name]) == 8 for index, state in enumerate(look.begun[:final]) if index % 4)
+        assert all(distinct(state[name]) == 3 for state in look.begun[final:])
     assert look.phases[0] == "wait" and look.phases[1] == "pick" and look.phases[5:] == ["ready", "ready"]
 
 
@@ -546,3 +550,63 @@ def test_tables_too_large_for_one_call_are_clustered_in_parts(method: Any, monke
     assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
     for labels in found[1:]:
         assert_equal(labels, found[0])
+
+
+def by_hand(name: str, size: int, index: dict[tuple[str, int], Tensor]) -> ChannelGroup:
+    """A group of channels that run along the given dims, and whom nobody reads."""
+    return ChannelGroup(name, size, index, (), (), (), (), (), (), (), mergeable=True)
+
+
+@pytest.mark.parametrize("joined", [likeness.JOINED, 100, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_tensors_that_are_averaged_at_once_are_each_averaged(
+    layout: torch.memory_format, dtype: torch.dtype, joined: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(likeness, "JOINED", joined)
+    plain, pairs = torch.arange(6).unsqueeze(1), torch.tensor([[13, 2], [4, 1], [0, 12], [9, 5], [6, 8], [10, 3]])
+    one = {("conv", 0): plain, ("scale", 0): plain, ("linear", 1): plain, ("pairs", 0): pairs, ("both", 0): plain}
+    other = {("both", 1): plain, ("same", 0): plain, ("count", 0): plain}
+    groups = [by_hand("one", 6, one), by_hand("other", 6, other), by_hand("free", 6, {("alone", 0): plain})]
+    labels = {"one": torch.tensor([0, 1, 0, 2, 1, 0]), "other": torch.tensor([0, 1, 2, 2, 3, 4])}
+    made = torch.Generator().manual_seed(3)
+    sizes = {"conv": (6, 3, 2, 2), "scale": (6,), "linear": (4, 6), "pairs": (14, 4), "both": (6, 6), "same": (6, 12)}
+    values = {name: torch.randn(size, generator=made).to(dtype) for name, size in {**sizes, "alone": (6, 12)}.items()}
+    values["conv"] = values["conv"].contiguous(memory_format=layout)
+    values["same"][3] = values["same"][2]  # equal ones stay as they are, bit for bit
+    values["count"] = torch.arange(6)
+    wanted = {name: value.clone() for name, value in values.items()}
+    for group, own in zip(groups[:2], labels.values(), strict=True):
+        matrix = nn.functional.one_hot(own).double()
+        mean = matrix @ torch.linalg.inv(matrix.T @ matrix) @ matrix.T
+        for (name, dim), index in group.index.items():
+            if wanted[name].is_floating_point():
+                rows = wanted[name].movedim(dim, 0)
+                rows[index] = torch.einsum("ij,j...->i...", mean, rows[index].double()).to(dtype)
+    kept, where = {name: value.clone() for name, value in values.items()}, {k: v.data_ptr() for k, v in values.items()}
+    averaging = likeness.Averaging(groups, labels)
+    found = averaging.means(values)
+    assert set(found) == {*sizes} and torch.equal(found["same"], kept["same"])
+    assert_equal(values, kept)
+    for some in ({"scale", "both"}, {"conv", "linear", "pairs", "same", "alone", "count"}):  # of two optimisers
+        averaging.average_({name: values[name] for name in some})
+    assert where == {name: value.data_ptr() for name, value in values.items()}
+    precision = 1e-14 if dtype == torch.float64 else float(torch.finfo(dtype).eps)
+    for name, value in values.items():
+        assert torch.allclose(value.double(), wanted[name].double(), rtol=2 * precision, atol=2 * precision), name
+        assert name not in found or torch.equal(found[name], value)
+    assert torch.equal(values["alone"], kept["alone"]) and not torch.equal(values["conv"], kept["conv"])
+
+
+def test_a_step_of_many_layers_averages_once_per_shape_and_asks_nothing() -> None:
+    plain, layers = torch.arange(8).unsqueeze(1), [str(number) for number in range(20)]
+    groups = [by_hand(name, 8, {(f"{name}.weight", 0): plain, (f"{name}.bias", 0): plain}) for name in layers]
+    averaging = likeness.Averaging(groups, dict.fromkeys(layers, torch.arange(8) // 2))
+    values = {f"{name}.{part}": torch.randn(8, *shape) for name in layers for part, shape in TWO_SHAPES.items()}
+    averaging.average_(values)
+    with torch.profiler.profile() as profile:
+        averaging.average_(values)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::index_add_"] == calls["aten::_foreach_copy_"] == 2
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::unique_consecutive", "aten::_unique2"} & set(calls)
+    assert all(distinct(value) == 4 for value in values.values())
