@@ -140,7 +140,7 @@ class Averaging:
         return found
 
     def _tabulate(self, values: Mapping[str, Tensor]) -> list[_Rows]:
-        """The rows that are not alone in their cluster, of tensors that can be joined; a tensor's other dims later."""
+        """What can be joined: rows of one length and kind, a tensor's other dims later."""
         joined: dict[tuple[Any, ...], list[tuple[ChannelGroup, str, int]]] = {}
         turns: dict[str, int] = {}
         filled: dict[tuple[Any, ...], int] = {}
@@ -152,27 +152,36 @@ class Averaging:
                     kind = (turns[name], value.numel() // value.shape[dim], value.dtype, value.device)
                     filled[kind] = filled.get(kind, 0) + value.numel()
                     joined.setdefault((*kind, filled[kind] // JOINED), []).append((group, name, dim))
-        tables = []
-        for kind in sorted(joined, key=lambda kind: kind[0]):
-            rows, labels, below, clusters = [], [], 0, 0
-            for group, name, dim in joined[kind]:
-                index = group.index[name, dim]
-                own = self._labels[group.name].unsqueeze(1) * index.shape[1] + torch.arange(index.shape[1])
-                rows.append(index.flatten() + below)
-                labels.append(own.flatten() + clusters)
-                below, clusters = below + values[name].shape[dim], clusters + index.numel()
-            every, where = torch.cat(labels), torch.cat(rows)
-            is_shared = every.bincount()[every] > 1
-            own = every[is_shared].unique(return_inverse=True)[1]
-            if len(own):
-                parts = (where[is_shared], own, *first_members(own, int(own.max()) + 1))
-                names = tuple((name, dim) for _, name, dim in joined[kind])
-                tables.append(_Rows(names, *(part.to(kind[3]) for part in parts)))
-        return tables
+        tables = (self._rows(joined[kind], values) for kind in sorted(joined, key=lambda kind: kind[0]))
+        return [table for table in tables if len(table.shared)]
+
+    def _rows(self, members: Sequence[tuple[ChannelGroup, str, int]], values: Mapping[str, Tensor]) -> _Rows:
+        """The rows of joined tensors that are not alone in their cluster."""
+        rows, labels, below, clusters = [], [], 0, 0
+        for group, name, dim in members:
+            index = group.index[name, dim]
+            own = self._labels[group.name].unsqueeze(1) * index.shape[1] + torch.arange(index.shape[1])
+            rows.append(index.flatten() + below)
+            labels.append(own.flatten() + clusters)
+            below, clusters = below + values[name].shape[dim], clusters + index.numel()
+        every = torch.cat(labels)
+        is_shared = every.bincount()[every] > 1
+        found, own = every[is_shared].unique(return_inverse=True)
+        device = values[members[0][1]].device
+        parts = (torch.cat(rows)[is_shared], own, *first_members(own, len(found)))
+        return _Rows(tuple((name, dim) for _, name, dim in members), *(part.to(device) for part in parts))
 
 
 class _Rows(NamedTuple):
-    """Tensors joined row by row, and which rows of that share a cluster with others."""
+    """Tensors joined row by row, and which rows of that share a cluster with others.
+
+    Args:
+        members: names of the tensors, and the dim along which each has its rows.
+        shared: rows that are not alone.
+        labels: their clusters.
+        first: of each cluster its first row, counted among those that are not alone.
+        counts: of each cluster its rows.
+    """
 
     members: tuple[tuple[str, int], ...]
     shared: Tensor

@@ -596,6 +596,8 @@ def test_tensors_that_are_averaged_at_once_are_each_averaged(
         assert torch.allclose(value.double(), wanted[name].double(), rtol=2 * precision, atol=2 * precision), name
         assert name not in found or torch.equal(found[name], value)
     assert torch.equal(values["alone"], kept["alone"]) and not torch.equal(values["conv"], kept["conv"])
+    everyone = likeness.Averaging(groups, dict.fromkeys(labels, torch.arange(6)))  # in a cluster of its own
+    assert_equal(everyone.means(kept), {name: kept[name] for name in sizes})
 
 
 def test_a_step_of_many_layers_averages_once_per_shape_and_asks_nothing() -> None:
