@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from scipy import stats
+
 LEVEL = 0.05
 """How often variants that are equally good are told apart all the same."""
 
@@ -57,23 +59,4 @@ def difference(mine: Mapping[int, float], others: Mapping[int, float], images: i
         error = 100 * math.sqrt(sum(share * (1 - share) for share in shares) / images)
         return Difference(gain, 1, abs(gain) > 2 * error)
     error = max(statistics.stdev(gains), 100 / images) / math.sqrt(len(seeds))
-    return Difference(gain, len(seeds), chance(gain / error, len(seeds) - 1) < LEVEL)
-
-
-def chance(t: float, freedom: int) -> float:
-    """How often chance alone gives a ``t`` as far from 0, on either side: exact for whole degrees of freedom.
-
-    >>> f"{chance(12.7062, 1):.4f} {chance(4.3027, 2):.4f} {chance(-3.1824, 3):.4f} {chance(2.3060, 8):.4f}"
-    '0.0500 0.0500 0.0500 0.0500'
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    is_odd = freedom % 2
-    term = math.cos(angle) if is_odd else 1.0
-    terms = []
-    for power in range(2 + is_odd, freedom + 1, 2):
-        terms.append(term)
-        term *= math.cos(angle) ** 2 * (power - 1) / power
-    within = math.sin(angle) * sum(terms)
-    return 1 - (2 / math.pi * (angle + within) if is_odd else within)
+    return Difference(gain, len(seeds), 2 * float(stats.t.sf(abs(gain / error), len(seeds) - 1)) < LEVEL)

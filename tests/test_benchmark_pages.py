@@ -38,17 +38,10 @@ def test_without_results_every_section_says_so(tmp_path: Path) -> None:
 
 
 def test_words_and_tables() -> None:
-    for module, least in ((markdown, 6), (judging, 3), (presets, 1)):
+    for module, least in ((markdown, 6), (judging, 2), (presets, 1)):
         found = doctest.testmod(module)
         assert found.attempted >= least
         assert not found.failed
-
-
-def test_chance_is_that_of_students_t() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    for freedom in range(1, 12):
-        for t in (-4.0, -0.5, 0.0, 0.1, 1.0, 2.5, 30.0):
-            assert judging.chance(t, freedom) == pytest.approx(2 * stats.t.sf(abs(t), freedom), abs=1e-12)
 
 
 def test_differences_are_judged_over_common_seeds() -> None:
