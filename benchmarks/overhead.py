@@ -64,7 +64,7 @@ NETWORKS = {
 }
 TARGETS = {
     **{"MaskSparsity": 1.01, "GReg1": 1.01, "GReg2": 1.01, "TPP": 1.03, "TPP, gram=0": 1.03},
-    **{"ASCP": 1.02, "ASCP, final clusters": 1.02},
+    **{"ASCP": 1.02, "ASCP with final clusters": 1.02},
 }
 TURNS = ("dense", "ours", "loops")
 INSIDE = ("ours, inside", "loops, inside")
@@ -89,7 +89,7 @@ def methods() -> dict[str, Callable[[], Any]]:
         "TPP": lambda: TPP(0.5, schedule="cifar"),
         "TPP, gram=0": lambda: TPP(0.5, schedule="cifar", gram=0.0),
         "ASCP": lambda: ASCP(0.5, epochs=3),
-        "ASCP, final clusters": lambda: ASCP(0.5, schedule=ASCPSchedule(3, "const", freeze_after=0.3)),
+        "ASCP with final clusters": lambda: ASCP(0.5, schedule=ASCPSchedule(3, "const", freeze_after=0.3)),
     }
 
 
@@ -161,7 +161,7 @@ class Loops(Callback):
                 mean = module.weight[cluster].mean(dim=0)
                 for filter_ in cluster:
                     module.weight.grad[filter_] += 1e-4 * (module.weight[filter_] - mean)
-        elif self.kind == "ASCP, final clusters":
+        elif self.kind == "ASCP with final clusters":
             for cluster in self.clusters[name]:
                 module.weight.grad[cluster] = module.weight.grad[cluster].mean(dim=0)
         elif self.kind == "MaskSparsity":

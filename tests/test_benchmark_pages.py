@@ -156,7 +156,7 @@ def test_what_an_epochs_end_costs_is_spread_over_its_steps() -> None:
 
 def test_final_clusters_count_for_a_quarter() -> None:
     free = {"method": "ASCP", "own": [1.0, 1.002, 1.004], "epoch_end": 0.002}
-    final = {"method": "ASCP, final clusters", "own": [1.01, 1.02, 1.03]}
+    final = {"method": "ASCP with final clusters", "own": [1.01, 1.02, 1.03]}
     (said,) = overhead.over_a_stage([free, final])
     assert "final clusters: 1.0080," in said
     assert overhead.over_a_stage([free]) == []

@@ -112,9 +112,9 @@ def lazily(rows: Sequence[dict[str, Any]]) -> list[str]:
 def over_a_stage(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What ASCP adds to a derived stage, by its rows before and after the clusters are final."""
     known = {row["method"]: amortised(row, "own")[1] for row in rows if "own" in row}
-    if not {"ASCP", "ASCP, final clusters"} <= known.keys():
+    if not {"ASCP", "ASCP with final clusters"} <= known.keys():
         return []
-    mean = 0.75 * known["ASCP"] + 0.25 * known["ASCP, final clusters"]
+    mean = 0.75 * known["ASCP"] + 0.25 * known["ASCP with final clusters"]
     return [
         f"- ASCP, own time, mean over a stage whose last quarter has final clusters: {mean:.4f}, computed from both."
     ]
