@@ -114,10 +114,12 @@ class Averaging:
     def average_(self, values: Mapping[str, Tensor]) -> None:
         """Replace the channels of each cluster by their mean, in place.
 
+        Integers and what is sparse (gradients of embeddings, and momenta under them) stay as they are.
+
         Args:
             values: parameters and buffers by name, or what has their shapes, such as gradients and momenta.
         """
-        known = {name: values[name] for name in self._names if name in values and values[name].is_floating_point()}
+        known = self._known(values)
         key = tuple((name, value.dtype, value.device) for name, value in known.items())
         if key not in self._tables:
             self._tables[key] = self._tabulate(known)
@@ -134,10 +136,13 @@ class Averaging:
 
     def means(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New tensors for those names that run along one of the groups; see :meth:`average_`."""
-        found = {name: values[name].detach().clone() for name in self._names if name in values}
-        found = {name: value for name, value in found.items() if value.is_floating_point()}
+        found = {name: value.detach().clone() for name, value in self._known(values).items()}
         self.average_(found)
         return found
+
+    def _known(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = {name: values[name] for name in self._names if name in values}
+        return {name: v for name, v in own.items() if v.is_floating_point() and v.layout == torch.strided}
 
     def _tabulate(self, values: Mapping[str, Tensor]) -> list[_Rows]:
         """What can be joined: rows of one length and kind, a tensor's other dims later."""

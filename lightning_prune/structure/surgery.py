@@ -146,7 +146,8 @@ def _cut(tensor: Tensor, cuts: Cuts, merging: bool) -> Tensor:
             whence = (into != NOWHERE).nonzero().flatten()
             out = torch.zeros_like(out).index_add_(dim, into[whence], out.index_select(dim, whence))
         out = out.index_select(dim, kept.to(device))
-    return out.contiguous(memory_format=_layout(tensor))
+    # an optimiser's state under sparse gradients is sparse, too
+    return out.contiguous(memory_format=_layout(tensor)) if out.layout == torch.strided else out
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:

@@ -180,6 +180,19 @@ def test_clusters_part_in_a_plain_finish_and_stay_together_in_a_centripetal_one(
         assert distinct(look.begun[-1]["3.weight"].movedim(1, 0)) == 8
 
 
+@EITHER_FINISH
+def test_sparse_gradients_wait_for_the_last_reconstruction(finish: Any, tmp_path: Path) -> None:
+    layers = [nn.Embedding(20, 8, sparse=True), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)]
+    method, net = ASCP(0.5, schedule=ASCPSchedule(3, "const", freeze_after=0.3), finish=finish), nn.Sequential(*layers)
+    data = torch.utils.data.TensorDataset(torch.randint(20, (32, 4)), torch.randint(4, (32,)))
+    pruning, loader = StructuralPruning(latency_batches=(), report_file=None), torch.utils.data.DataLoader(data, 8)
+    look = fit(method, net, "sgd", pruning, loader=loader, max_epochs=4, default_root_dir=tmp_path)
+    assert net[0].weight.grad.is_sparse and net[0].weight.shape == (20, 4) and net[2].weight.shape == (8, 16)
+    free, alike = (distinct(look.begun[6][name]) for name in ("0.weight", "2.weight"))
+    assert free == 20 and alike == (8 if finish == "centripetal" else 16)
+    assert distinct(look.ended[2]["0.weight"].T) == 4
+
+
 def test_the_state_of_the_optimiser_is_averaged_once() -> None:
     schedule = ASCPSchedule(2, "const", freeze_after=0.5)
     method, net = ASCP(0.5, schedule=schedule, finish="centripetal"), seeded(conv_net)
