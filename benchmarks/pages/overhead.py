@@ -15,9 +15,9 @@ row of its own, whose loops average gradients, too. Dense steps, the method's an
 one run. *Whole step*: its time over that of the dense steps around it, median and quartiles over the turns. *Own time*:
 1 plus the time inside the callback's hooks and in the penalty's backward pass, over the dense step, on a processor in
 its own seconds; what else the machine does touches it much less. The targets are this project's own. Where a method
-works at an epoch's end (ASCP), its row holds that too, spread over the steps of an epoch of the data set. TPP's row has
-the published constants, which decorrelate at every step; with `epochs=N` it does so more rarely where that would add
-more than a hundredth to training's multiply-adds.
+works at an epoch's end (the row ASCP), its row holds that too, spread over the steps of an epoch of the data set. TPP's
+row has the published constants, which decorrelate at every step; with `epochs=N` it does so more rarely where that
+would add more than a hundredth to training's multiply-adds.
 
 The two sides don't do the same work. The library's rows penalise everything that leaves with a channel, the loops the
 weights of convolutions alone (MaskSparsity's: scales of norms). In ResNet-56 the loops take all 55 convolutions of

@@ -52,7 +52,7 @@ class Pull:
 
 @final
 class ASCP(Regulariser):
-    r"""ASCP: filters that resemble each other are made alike at every epoch's end, and trained on freely in between.
+    r"""ASCP: filters that resemble each other are made alike at every epoch's end, and trained on in between.
 
     After ``t`` epochs of the stage each group has :math:`K(t)` clusters, and everything that produces its channels or
     acts on them one by one becomes the cluster's mean,
@@ -270,7 +270,7 @@ class ASCP(Regulariser):
         if is_final:
             self._pick()
         self._make_alike(tensors)
-        if is_final and self.finish == "centripetal":
+        if self._picked and self.finish == "centripetal":  # again after a resume, which may come from a plain finish
             trainer, _ = self._run()
             average_state_(trainer.optimizers, self._parameters, self._averages())
         self._tell(before)
@@ -283,7 +283,8 @@ class ASCP(Regulariser):
             self._make_alike(named_tensors(submodule(twin, self.capture.name or "")))
         recalibrate_(trainer, network, self._calls)
         self._calls.clear()
-        self._averages().average_(dict(network.named_buffers()))
+        tensors = named_tensors(network).items()
+        self._averages().average_({name: t for name, t in tensors if not isinstance(t, torch.nn.Parameter)})
 
     # The checkpoint.
 

@@ -23,6 +23,9 @@ JOINED = 2**20
 """About how many numbers are averaged in one call: enough for one call per shape of a small network's layers, and
 little enough to stay in a processor's cache."""
 
+SETS = 8
+"""For how many sets of tensors (gradients, buffers, states of an optimiser) it is remembered what can be joined."""
+
 
 def own_members(group: ChannelGroup) -> tuple[tuple[str, int], ...]:
     """What must be alike for channels to be alike: all members but the weights of those who read them."""
@@ -120,10 +123,7 @@ class Averaging:
             values: parameters and buffers by name, or what has their shapes, such as gradients and momenta.
         """
         known = self._known(values)
-        key = tuple((name, value.dtype, value.device) for name, value in known.items())
-        if key not in self._tables:
-            self._tables[key] = self._tabulate(known)
-        for table in self._tables[key]:
+        for table in self._tables_of(known):
             views = [known[name].detach().movedim(dim, 0) for name, dim in table.members]
             flat = [view.reshape(len(view), -1) for view in views]
             rows = flat[0] if len(flat) == 1 else torch.cat(flat)
@@ -143,6 +143,15 @@ class Averaging:
     def _known(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own = {name: values[name] for name in self._names if name in values}
         return {name: v for name, v in own.items() if v.is_floating_point() and v.layout == torch.strided}
+
+    def _tables_of(self, values: Mapping[str, Tensor]) -> list[_Rows]:
+        """What joins these tensors; where ever other ones are without a gradient, each by itself."""
+        key = tuple((name, value.dtype, value.device) for name, value in values.items())
+        if key not in self._tables:
+            if len(key) > 1 and len(self._tables) >= SETS:
+                return [table for pair in values.items() for table in self._tables_of(dict([pair]))]
+            self._tables[key] = self._tabulate(values)
+        return self._tables[key]
 
     def _tabulate(self, values: Mapping[str, Tensor]) -> list[_Rows]:
         """What can be joined: rows of one length and kind, a tensor's other dims later."""

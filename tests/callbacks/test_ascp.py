@@ -625,3 +625,29 @@ def test_a_step_of_many_layers_averages_once_per_shape_and_asks_nothing() -> Non
     assert calls["aten::index_add_"] == calls["aten::_foreach_copy_"] == 2
     assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::unique_consecutive", "aten::_unique2"} & set(calls)
     assert all(distinct(value) == 4 for value in values.values())
+
+
+def test_sets_of_tensors_that_keep_changing_fill_no_memory() -> None:
+    plain, layers = torch.arange(8).unsqueeze(1), [str(number) for number in range(6)]
+    groups = [by_hand(name, 8, {(name, 0): plain, (name, 1): plain}) for name in layers]
+    labels = dict.fromkeys(layers, torch.arange(8) // 2)
+    averaging = likeness.Averaging(groups, labels)
+    for kept in range(1, 2**6):  # every set there is, as if other layers were skipped in each step
+        values = {name: torch.randn(8, 8) for name in layers if kept >> int(name) & 1}
+        wanted = {name: average(average(value, labels[name]).T, labels[name]).T for name, value in values.items()}
+        averaging.average_(values)
+        assert_equal(values, wanted)
+    assert len(averaging._tables) <= likeness.SETS + len(layers)
+
+
+@pytest.mark.filterwarnings(PARTIAL)
+def test_a_run_resumed_behind_a_plain_finish_stays_together_from_the_next_epoch_on(tmp_path: Path) -> None:
+    schedule, looks = ASCPSchedule(4, "const", freeze_after=0.25), []
+    saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, auto_insert_metric_name=False)
+    for finish, others, start in (("plain", [saves], None), ("centripetal", [], tmp_path / "1.ckpt")):
+        method, look = ASCP(0.5, schedule=schedule, finish=finish), Look()  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"enable_checkpointing": bool(others), "default_root_dir": tmp_path}
+        run, module = trainer(method, look, *others, max_epochs=4, **settings), Classifier(seeded(conv_net), "adamw")
+        run.fit(module, image_loader(4), ckpt_path=start, weights_only=True)
+        looks.append([distinct(state["0.weight"]) for state in look.begun])
+    assert looks == [[8, 8, 8, 8, 4, 8, 8, 8, 4, 8, 8, 8, 4, 8, 8, 8], [4, 8, 8, 8, 4, 4, 4, 4]]
