@@ -203,10 +203,10 @@ ALL_AT_ONCE = ASCPSchedule(EPOCHS, "const", freeze_after=0.3)
 SINGLE: dict[str, Any] = {"net": with_frozen_head, "left": densities, "finetune": (StillZero,)}
 
 SETTINGS = {
-    "ascp": Setting(ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5}, apart, exact=True),
-    "ascp, plain": Setting(
+    "ascp": Setting(
         ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5, "finish": "plain"}, apart, exact=True
     ),
+    "ascp, centripetal": Setting(ASCP, {"schedule": ALL_AT_ONCE, "cluster": "even", "pull": 0.5}, apart, exact=True),
     "ascp without a pull": Setting(ASCP, {"schedule": LATE, "cluster": "ward"}, exact=True),
     "ascp, by a budget": Setting(
         ASCP,

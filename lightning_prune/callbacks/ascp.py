@@ -283,8 +283,8 @@ class ASCP(Regulariser):
             self._make_alike(named_tensors(submodule(twin, self.capture.name or "")))
         recalibrate_(trainer, network, self._calls)
         self._calls.clear()
-        tensors = named_tensors(network).items()
-        self._averages().average_({name: t for name, t in tensors if not isinstance(t, torch.nn.Parameter)})
+        buffers = {name: t for name, t in named_tensors(network).items() if not isinstance(t, torch.nn.Parameter)}
+        Averaging(self._groups.values(), self._labels).average_(buffers)  # once: nothing to remember
 
     # The checkpoint.
 

@@ -24,7 +24,7 @@ JOINED = 2**20
 little enough to stay in a processor's cache."""
 
 SETS = 8
-"""For how many sets of tensors (gradients, buffers, states of an optimiser) it is remembered what can be joined."""
+"""For how many sets of tensors (parameters, gradients of each optimiser) it is remembered what can be joined."""
 
 
 def own_members(group: ChannelGroup) -> tuple[tuple[str, int], ...]:
