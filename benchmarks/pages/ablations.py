@@ -19,9 +19,9 @@ so that multiply-adds are equal. Accuracy in percent of last epochs, mean and st
 
 {RULE}
 
-Some defaults, ASCP's `rate` for one, were chosen by these very seeds and images, so that the tables are no independent
-test of them; and CIFAR-10's validation images are its test set. A call joins its rows to those that the file of results
-has of other variants and seeds; `--results DIR` names a folder of one's own."""
+Some defaults, ASCP's `rate` and `finish` among them, were chosen by these very seeds and images, so that the tables
+are no independent test of them; and CIFAR-10's validation images are its test set. A call joins its rows to those that
+the file of results has of other variants and seeds; `--results DIR` names a folder of one's own."""
 COMMAND = """python -m benchmarks.ablations --preset digits --only first_event finish --seeds 0 1 2 3 4 5 6 7 8
 python -m benchmarks.ablations --preset digits --only schedules clusters --seeds 0 1 2 3 4 5 6 7 8
 python -m benchmarks.ablations --preset digits"""
